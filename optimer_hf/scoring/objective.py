@@ -46,6 +46,10 @@ TASK_FIELDS = (  # of lm-eval that say how items are prompted and scored
 
 SplitBy = Literal["document", "prompt"]
 Portion = Annotated[float, Field(ge=0, le=1)]
+SHARED = (  # fields that a constraint takes from the term of its name
+    *("metric", "higher_is_better", "limit", "num_fewshot", "generation", "hash_range"),
+    "rescore_only",
+)
 NOT_FOR_FUNCTIONS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
 
 
@@ -252,11 +256,8 @@ def _differing_field(constraint: Term, term: Term) -> str | None:
     """
     if constraint.task_name != term.task_name:
         return "task"
-    if constraint.metric != term.metric:
-        return "metric"
     changed = constraint.model_dump(exclude_defaults=True).keys()
-    fields = ("limit", "num_fewshot", "generation", "hash_range", "rescore_only")
-    unlike = (name for name in fields if getattr(constraint, name) != getattr(term, name))
+    unlike = (name for name in SHARED if getattr(constraint, name) != getattr(term, name))
     return next((name for name in unlike if name in changed), None)
 
 

@@ -109,16 +109,17 @@ def match_to_record(study: Study, target: Objective) -> Objective:
 
 
 def _refuse_other_source(term: Term, known: Term) -> None:
-    """Raise StudyError if a term has another source or metric than the recorded term of its label.
-    Files are compared by name, since a study may have been moved.
+    """Raise StudyError if a term has another source than the recorded term of its label, or names
+    another metric. Files are compared by name, since a study may have been moved.
     """
 
     def source_of(term: Term) -> str:
         return str(term.text.name if term.text is not None else term.task or term.function_name)
 
+    names_metric = "metric" in term.model_fields_set
     for field, given, recorded in (
         ("source", source_of(term), source_of(known)),
-        ("metric", term.metric, known.metric),
+        ("metric", term.metric if names_metric else known.metric, known.metric),
     ):
         if given != recorded:
             raise StudyError(

@@ -436,6 +436,16 @@ def test_a_constraint_about_a_term_asks_as_the_term_does(field, value):
         objective_of(limited).terms[0]
     ]
     assert objective_of(limited, constraints=[limited | bound])
+    without_metric = {"task": "a"} | bound
+    assert objective_of(limited, constraints=[without_metric]).scored_terms[0].metric == "acc"
+
+
+def test_a_constraint_about_a_function_has_the_direction_of_its_term():
+    term = {"function": "brevity", "higher_is_better": True}
+    bound = {"max_relative_to_base": 0.1}
+    assert objective_of(term, constraints=[term | bound])
+    with pytest.raises(ValidationError, match="a term with another higher_is_better"):
+        objective_of(term, constraints=[term | bound | {"higher_is_better": False}])
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -97,6 +97,11 @@ def test_a_term_of_the_same_name_that_looks_at_something_else_is_refused(study, 
         match_to_record(study, target)
 
 
+def test_a_term_that_names_no_metric_has_the_recorded_one(study):
+    target = Objective.model_validate({"terms": [{"task": "t"}]})
+    assert match_to_record(study, target).terms[0].metric == "loss"
+
+
 def test_a_prediction_is_careful_where_nothing_was_measured(study):
     posterior = fit_surrogate(study.config, study.trials)
     points = np.array([[0.3] * 4, [1.0] * 4])
