@@ -413,13 +413,14 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     config = config.with_split_of(recorded)
     ours, theirs = config.identity, recorded.identity
     differing = differences(ours, theirs)
+    # before the trials: a search that runs may decide between the two, and would seem to contradict
+    decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
     log = TrialLog(directory / TRIALS_FILE, repair=repair)
     has_moved_files = (
         bool(differing and log.trials)
         and (directory / INPUTS_FILE).exists()
         and not differences(drop_folders(ours), drop_folders(theirs))
     )
-    decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
     study = Study(directory, config, log, decisions)
     if not differing or has_moved_files:
         _check_record(study, max(recorded.search.n_trials, config.search.n_trials))

@@ -27,6 +27,7 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Scored
+from optimer_hf.study import directory as directory_module
 from optimer_hf.study import surrogate as surrogate_module
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
@@ -342,6 +343,23 @@ def test_a_line_with_half_a_character_is_written_and_read(tmp_path):
     log = TrialLog(tmp_path / "trials.jsonl")
     log.append(Candidate(0, "base", {"x": 0.0}).to_crashed_trial("OSError: \udcff.jsonl"))
     assert TrialLog(log.path).trials[0].error == "OSError: ?.jsonl"
+
+
+def test_a_search_that_ends_while_its_study_is_read_contradicts_nothing(copy, monkeypatch):
+    trials, decisions = (read(copy / f"{name}.jsonl") for name in ("trials", "decisions"))
+    best = decisions[-1]["incumbent"]
+    last = next(t for t in trials if (t["fidelity"], t["number"]) == ("rescore", best))
+    write(copy / "trials.jsonl", [each for each in trials if each != last])
+    write(copy / "decisions.jsonl", decisions[:1])
+
+    class ReadInBetween(TrialLog):
+        def __init__(self, path, *, repair):
+            super().__init__(path, repair=repair)
+            write(copy / "trials.jsonl", [*(each for each in trials if each != last), last])
+            write(copy / "decisions.jsonl", decisions)
+
+    monkeypatch.setattr(directory_module, "TrialLog", ReadInBetween)
+    assert not load_study(copy, unfinished=True).is_finished
 
 
 @pytest.mark.parametrize("command", ["report", "recipe", "retarget", "ratios", "compare"])
