@@ -5,7 +5,8 @@ A term names a function of a file (`function: my_metrics.py:brevity`) or one tha
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.files.digest import sha256_file
+from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.reference import function_in_file
 from optimer_hf.files.text import did_you_mean, first_line, quote
 from optimer_hf.scoring.objective import Objective, Term, naming_test
@@ -68,13 +69,16 @@ def _load_function(term: Term, function: str) -> Scorer:
 
 
 def _load_module(term: Term, file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"optimer_functions_{file.stem}", file)
+    name = f"optimer_functions_{file.stem}_{digest(str(file))[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise EvaluationError(f"term {term.label!r}: {file}: no such file.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look for it there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise EvaluationError(
             f"term {term.label!r}: {file} cannot be imported ({reason})."
@@ -94,6 +98,7 @@ def score_by_function(
     try:
         with torch.no_grad():
             scored = function(model, tokenizer, limit)
+            scored = list(scored) if isinstance(scored, Iterator) else scored
     except OF_THE_MACHINE:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimer_hf.errors import ConfigError, EvaluationError, HubError
 from optimer_hf.files.model import list_absent_files
@@ -47,6 +48,29 @@ def test_a_function_is_found_beside_the_file_that_names_it(objective, tmp_path):
     read.write(tmp_path / "copy.json")
     assert '"./my_metrics.py:answers"' in (tmp_path / "copy.json").read_text()
     assert list_absent_files(tmp_path / "objective.yaml", read.model_dump()) == ""
+
+
+def test_a_file_with_a_dataclass_of_quoted_types_is_loaded(objective, tmp_path):
+    read = objective("my_metrics.py:answers")
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += f"@dataclass\nclass Answer:\n    value: float\n{METRICS}"
+    (tmp_path / "my_metrics.py").write_text(text, encoding="utf-8")
+    assert collect_functions([read], None)
+
+
+def test_a_function_that_yields_runs_without_gradients_and_is_named_in_errors(objective):
+    (term,) = objective("my_metrics.py:answers").terms
+
+    def answers(model, tokenizer, limit):
+        yield float(torch.is_grad_enabled())
+        if limit is None:
+            raise KeyError("no limit")
+
+    assert score_by_function(term, answers, None, None, 1).items == [(0.0, 1.0)]
+    with pytest.raises(
+        EvaluationError, match=r"function 'answers' failed with KeyError: 'no limit'"
+    ):
+        score_by_function(term, answers, None, None, None)
 
 
 def test_changed_code_has_another_digest(objective, tmp_path):
