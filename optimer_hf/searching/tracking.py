@@ -5,11 +5,15 @@ side in one tool. The step of a trial is its number, and the callbacks put `trai
 name.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import first_line
+
+logger = logging.getLogger(__name__)
 
 
 def make_callbacks(report_to: Sequence[str]) -> list[Any]:
@@ -46,17 +50,35 @@ class Tracker:
         self._state, self._control = TrainerState(), TrainerControl()
 
     def __enter__(self) -> "Tracker":
-        self._call("on_train_begin")
+        """Begin a run in every tool. Raises ConfigError if one refuses, say without a login."""
+        for tool, error in self._call("on_train_begin"):
+            reason = f"{tool}: {type(error).__name__}: {first_line(error)}"
+            raise ConfigError(
+                f"search.report_to: {reason}. Fix that, or leave the tool out."
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call("on_train_end")
+        self._try("on_train_end", "the end of the search")
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of trial `number`, by name."""
-        self._call("on_log", step=number, logs=dict(values))
+        """Send the numbers of trial `number`, by name. A tool that fails, as without a network, is
+        named in a warning: it ends no search of hours.
+        """
+        self._try("on_log", f"trial {number}", step=number, logs=dict(values))
 
-    def _call(self, event: str, step: int = 0, **values: Any) -> None:
+    def _try(self, event: str, what: str, step: int = 0, **values: Any) -> None:
+        for tool, error in self._call(event, step, **values):
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("search.report_to: %s did not take %s (%s)", tool, what, reason)
+
+    def _call(self, event: str, step: int = 0, **values: Any) -> Iterator[tuple[str, Exception]]:
+        """Tell every tool of an event; yield the names of those that fail, with their errors."""
         for callback in self._callbacks:
             self._state.global_step = step
-            getattr(callback, event)(self._args, self._state, self._control, model=None, **values)
+            try:
+                getattr(callback, event)(
+                    self._args, self._state, self._control, model=None, **values
+                )
+            except Exception as error:  # whatever a tool raises
+                yield type(callback).__name__, error

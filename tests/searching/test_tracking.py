@@ -4,6 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.searching import tracking
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from tests.support.landscapes import FunctionPool, config_of
@@ -39,3 +40,36 @@ def test_a_tool_that_is_not_installed_is_named_before_the_first_trial(tmp_path):
             tmp_path / "study",
             runner=InProcess(lambda _: pytest.fail("a model was loaded")),
         )
+
+
+class FailingTool:
+    """A callback of the Trainer that fails at one event."""
+
+    def __init__(self, event: str) -> None:
+        self._event, self.events = event, []
+
+    def __getattr__(self, event: str):
+        def call(*_, **__) -> None:
+            self.events.append(event)
+            if event == self._event:
+                raise OSError("no network")
+
+        return call
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_train_end"])
+def test_a_tool_that_fails_ends_no_search(event, tmp_path, monkeypatch, caplog):
+    tool = FailingTool(event)
+    monkeypatch.setattr(tracking, "make_callbacks", lambda _: [tool])
+    config = config_of(search={"n_trials": 6, "rescore_top": 0, "report_to": ["wandb"]})
+    assert search(config, tmp_path / "s", runner=InProcess(FunctionPool)).is_finished
+    assert tool.events == ["on_train_begin", *["on_log"] * 6, "on_train_end"]
+    assert "search.report_to: FailingTool did not take " in caplog.text
+
+
+def test_a_tool_that_refuses_to_begin_is_named_before_the_first_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "make_callbacks", lambda _: [FailingTool("on_train_begin")])
+    config = config_of(search={"n_trials": 6, "report_to": ["wandb"]})
+    with pytest.raises(ConfigError, match=r"search\.report_to: FailingTool: OSError: no network"):
+        search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    assert not (tmp_path / "s").exists()
