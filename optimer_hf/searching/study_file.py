@@ -49,6 +49,9 @@ from optimer_hf.vectors.layers import layers_for
 
 logger = logging.getLogger(__name__)
 
+# how an error about a term begins; that of a worker has its name before it
+TERM_NAMED = re.compile(r"""(?:worker \S+: )?(?P<test>test )?term (['"])(?P<label>.+?)\2: """)
+
 
 def read_study(
     path: Path,
@@ -185,12 +188,12 @@ def naming_terms(path: Path, test: Path | None = None) -> Iterator[None]:
     try:
         yield
     except EvaluationError as error:
-        named = re.match(r"(test )?term '(.+?)': ", str(error))
+        named = TERM_NAMED.match(str(error))
         if named is None:
             raise
-        in_test = named[1] is not None
+        in_test = named["test"] is not None
         file = test if test is not None and in_test else path
-        place = _place_of_term(file, named[2], in_test=in_test)
+        place = _place_of_term(file, named["label"], in_test=in_test)
         if place is None:
             raise
         raise EvaluationError(list_mistakes(file, [(place, str(error))])) from error

@@ -79,3 +79,17 @@ def test_an_error_about_no_term_of_the_file_has_no_line(tmp_path):
 
     with pytest.raises(EvaluationError, match=r"^test term 't': is not"):
         search_study(study, tmp_path / "s", runner=InProcess(fails))
+
+
+@pytest.mark.parametrize("label", ["t", "it's"])
+def test_an_error_of_a_worker_is_put_at_the_term(tmp_path, label):
+    (tmp_path / "one.jsonl").write_text('{"text": "first"}\n')
+    study = tmp_path / "study.yaml"
+    study.write_text(f'{STUDY}objective:\n  terms:\n  - {{text: one.jsonl, name: "{label}"}}\n')
+
+    def fails(config):
+        raise EvaluationError(f"worker 3: term {label!r}: no text")
+
+    with pytest.raises(EvaluationError) as raised:
+        search_study(study, tmp_path / "s", runner=InProcess(fails))
+    assert str(raised.value).startswith(f"{study}:5: worker 3: term {label!r}: no text")
