@@ -23,6 +23,7 @@ from optimer_hf.scoring.items import (
     drop_addresses,
     hash_item,
     indices_within,
+    refuse_no_items,
     row_text,
     spread_indices,
 )
@@ -98,11 +99,7 @@ class Evaluator:
         """Raise EvaluationError for a term without items, or that generates too much for the
         model.
         """
-        if not self._indices_of(term):
-            raise EvaluationError(
-                f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
-                f"{list(term.hash_range)}."
-            )
+        refuse_no_items(term, self._indices_of(term))
         task = self.tasks[term.task_key]
         if task.OUTPUT_TYPE == "generate_until":
             refuse_too_long(term, task.config.generation_kwargs, self._lm.max_length)

@@ -9,7 +9,7 @@ from typing import Any
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.printable import warn_once
-from optimer_hf.scoring.objective import Objective, SplitBy
+from optimer_hf.scoring.objective import Objective, SplitBy, Term
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,15 @@ def indices_within(task: Any, hash_range: tuple[float, float], split_by: SplitBy
     hashes = hash_items(task) if split_by == "prompt" else _hash_documents(task)
     numbers = (int(each[:12], 16) / 16**12 for each in hashes)
     return [index for index, number in enumerate(numbers) if low <= number < high]
+
+
+def refuse_no_items(term: Term, within: Sequence[int]) -> None:
+    """Raise EvaluationError if a term has no item, given the indices of those in its range."""
+    if not within:
+        raise EvaluationError(
+            f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
+            f"{list(term.hash_range)}."
+        )
 
 
 def _hash_documents(task: Any) -> list[str]:

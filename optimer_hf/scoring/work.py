@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimer_hf.scoring.harness import quiet_lm_eval
-from optimer_hf.scoring.items import indices_within, spread_indices
-from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.items import indices_within, refuse_no_items, spread_indices
+from optimer_hf.scoring.objective import Objective, Term, naming_test
 from optimer_hf.scoring.tasks import load_tasks
 
 N_COUNTED = 16  # items of each term
@@ -34,17 +34,19 @@ def count_work(
     """Return what the items of each term of some objectives take, by `key_of_items`. Terms that a
     Python function scores are left out.
 
-    The model may be on the device `meta`. Raises EvaluationError for a task that does not exist.
+    The model may be on the device `meta`. Raises EvaluationError for a task that does not exist,
+    and for a term without items.
     """
     tasks = load_tasks(objectives)
+    works: dict[tuple[str, tuple[float, float]], ItemWork] = {}
     with quiet_lm_eval():
         counter = _make_counter(model, tokenizer)
-        return {
-            key_of_items(term): _count_term(term, tasks[term.task_key], counter, objective)
-            for objective in objectives
-            for term in objective.scored_terms
-            if term.function is None
-        }
+        for objective in objectives:
+            with naming_test(objectives, objective):
+                for term in (each for each in objective.scored_terms if each.function is None):
+                    work = _count_term(term, tasks[term.task_key], counter, objective)
+                    works[key_of_items(term)] = work
+    return works
 
 
 def key_of_items(term: Term) -> tuple[str, tuple[float, float]]:
@@ -54,6 +56,7 @@ def key_of_items(term: Term) -> tuple[str, tuple[float, float]]:
 
 def _count_term(term: Term, task: Any, counter: Any, objective: Objective) -> ItemWork:
     within = indices_within(task, term.hash_range, objective.split_by)
+    refuse_no_items(term, within)
     few = [within[index] for index in spread_indices(len(within), N_COUNTED)]
     has_template = objective.apply_chat_template
     task.build_all_requests(
@@ -68,7 +71,7 @@ def _count_term(term: Term, task: Any, counter: Any, objective: Objective) -> It
         getattr(counter, kind)(requests, disable_tqdm=True)
     n_inputs = max(len(counter.inputs), 1)
     n_read, n_written = (sum(each) / n_inputs for each in zip(*counter.inputs, strict=True))
-    return ItemWork(len(within), n_inputs / max(len(few), 1), n_read, n_written)
+    return ItemWork(len(within), n_inputs / len(few), n_read, n_written)
 
 
 def _make_counter(model: Any, tokenizer: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from optimer_hf.errors import EvaluationError
 from optimer_hf.models.loader import model_without_weights, read_tokenizer
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.scoring.work import ItemWork, count_work, key_of_items
@@ -67,3 +68,11 @@ def test_answers_count_with_their_longest_length(make_base, task_folder, generat
     (work,) = count(objective, make_base("gemma"))
     assert (work.n_items, work.n_inputs, work.n_written) == (40, 1, n_written)
     assert work.n_read == pytest.approx(20.5, abs=2)
+
+
+def test_a_term_without_items_is_named(make_base, tmp_path: Path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "one"}))
+    term = {"text": str(file), "name": "t", "hash_range": [0.999999, 1]}
+    with pytest.raises(EvaluationError, match=r"^term 't': no item of .* is in hash_range"):
+        count(Objective.model_validate({"terms": [term]}), make_base("gemma"))
