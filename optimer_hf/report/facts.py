@@ -8,7 +8,7 @@ from pathlib import Path
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.reference import COMMIT, Reference, name_of_reference
-from optimer_hf.files.text import show_shares
+from optimer_hf.files.text import count, show_shares
 from optimer_hf.report.cells import Cell, Row, Table, head
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.objective import Objective
@@ -40,8 +40,8 @@ def identity_of(evidence: Evidence) -> list[Fact]:
     study = evidence.study
     base = study.config.base_model
     facts = [Fact("base", name_of_reference(base), link_of(base))]
-    facts.append(Fact("vectors", _count(len(study.config.vectors), "vector")))
-    facts.append(Fact("trials", _count(len(study.trials), "trial")))
+    facts.append(Fact("vectors", count(len(study.config.vectors), "vector")))
+    facts.append(Fact("trials", count(len(study.trials), "trial")))
     if evidence.comparison is not None:
         sizes = {len(score.items) for score in evidence.comparison.base.scores.values()}
         low, high = min(sizes), max(sizes)
@@ -49,10 +49,6 @@ def identity_of(evidence: Evidence) -> list[Fact]:
         facts.append(Fact("items", f"{text} sealed items a term"))
     day = evidence.last_changed
     return [*facts, Fact("date", f"{day.day} {day:%B %Y}")]
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 # -- references ------------------------------------------------------------------------------------
