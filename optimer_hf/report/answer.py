@@ -94,7 +94,7 @@ def verdict_of(comparison: Comparison) -> str:
     interval = comparison.interval(comparison.merge, best)
     n_baselines = sum(row.is_baseline for row in comparison.rows)
     other = f"the best of {n_baselines} baselines ({name_of(best)})"
-    unit = Unit.of(comparison.objective)
+    unit = Unit.of(comparison.objective).telling_from_zero(interval.difference)
     by = unit.show_difference(abs(interval.difference)).removeprefix("+")
     match interval.answer:
         case "better":
@@ -182,7 +182,7 @@ def _bars(comparison: Comparison) -> list[Bar]:
 def _bar(
     label: str, interval: Interval, unit: Unit, place: Callable[[float], float], *, is_leading: bool
 ) -> Bar:
-    has_ends = interval.kind != "none"
+    has_ends, unit = interval.kind != "none", unit.telling_from_zero(interval.difference)
     show = unit.show_difference if is_leading else unit.show
     detail = f"95 % interval {unit.number(interval.low)} to {unit.number(interval.high)}"
     return Bar(

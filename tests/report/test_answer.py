@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from optimer_hf.comparison.result import Comparison
+from optimer_hf.comparison.rows import SealedRow
 from optimer_hf.comparison.sealed import compare
-from optimer_hf.report.answer import answer_of
+from optimer_hf.report.answer import answer_of, verdict_of
 from optimer_hf.report.evidence import read_evidence
 from optimer_hf.scoring.formatting import Unit
+from optimer_hf.scoring.objective import Objective
+from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from tests.support.landscapes import FunctionPool, TellingPool, config_of, with_test
@@ -35,6 +39,20 @@ def test_the_verdict_is_that_of_the_interval_to_the_best_baseline(compared):
         assert verdict == (
             "Too few items for a verdict: the sealed test has 4 of 't', and 10 are needed."
         )
+
+
+def test_a_small_difference_is_not_shown_as_none():
+    def row(kind, loss, step=0.0):
+        items = [(loss + 0.01 * at + step * (at * 7 % 5), 1.0) for at in range(12)]
+        return SealedRow(kind, "", {"x": loss}, {"t": TermScore(items, False)}, False, 9, {}, 0)
+
+    objective = Objective.model_validate({"terms": [{"task": "t", "metric": "loss"}]})
+    rows = [row("base", 3.0), row("average", 2.0), row("merge", 1.99999, -2e-6)]
+    verdict = verdict_of(Comparison(rows, objective, {}))
+    assert verdict == (
+        "The merge beats the best of 2 baselines (uniform average) by 0.0004 points on the sealed "
+        "test."
+    )
 
 
 def test_bars_are_in_proportion_and_hollow_where_nothing_is_certain(compared):
