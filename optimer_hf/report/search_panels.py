@@ -27,7 +27,7 @@ from optimer_hf.report.slopes import (
     slopes_of_trials,
 )
 from optimer_hf.scoring.formatting import Unit
-from optimer_hf.scoring.objective import gains
+from optimer_hf.scoring.objective import gains, is_feasible
 from optimer_hf.study.prediction import front
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.trials import Trial
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+    Flags = NDArray[np.bool_]
 
 N_POINTS = 61  # on the grid of a slice
 LEAST_GAIN = 0.001  # of a weight that is said to gain something
@@ -57,15 +58,19 @@ def search_axis(evidence: Evidence) -> str:
 
 
 def progress_panel(evidence: Evidence) -> Panel | None:
-    """Show the search score of every trial and the best so far; None for a single trial."""
-    trials, unit = evidence.trials, evidence.unit
+    """Show the search score of every trial and the best so far of those that keep all constraints;
+    None for a single trial.
+    """
+    trials, unit, study = evidence.trials, evidence.unit, evidence.study
     if len(trials) < FEWEST_TRIALS:
         return None
     values = np.array([unit.factor * evidence.gain(trial) for trial in trials])
-    best = np.maximum.accumulate(values)
+    objective = study.config.objective
+    is_kept = np.array([is_feasible(objective, trial.terms, study.base) for trial in trials])
+    best = np.maximum.accumulate(np.where(is_kept, values, -np.inf))
     numbers = [trial.number for trial in trials]
     figure, axes = make_figure(2.9)
-    _draw_trials(axes[0], evidence, values)
+    _draw_trials(axes[0], evidence, values, is_kept)
     axes[0].step(numbers, best, where="post", color=MERGE, label="best so far")
     axes[0].axhline(0, color=INK, linewidth=0.7, zorder=0)
     axes[0].set_xlabel("trial")
@@ -75,20 +80,22 @@ def progress_panel(evidence: Evidence) -> Panel | None:
     return Panel(
         "progress",
         "Search score over the trials",
-        _say_progress(evidence, values),
-        f"Gain of {len(trials)} trials over {evidence.study.baseline} on the items of the search, "
+        _say_progress(evidence, values, is_kept),
+        f"Gain of {len(trials)} trials over {study.baseline} on the items of the search, "
         f"and the best gain so far, {unit.show(best[-1] / unit.factor)} at the end, after "
         f"{minutes:.1f} minutes.",
         figure,
     )
 
 
-def _draw_trials(axis: "Axes", evidence: Evidence, values: "Array") -> None:
-    """Draw a point for every trial; those far below the base are arrows at the lower edge."""
+def _draw_trials(axis: "Axes", evidence: Evidence, values: "Array", is_kept: "Flags") -> None:
+    """Draw a point for every trial; those far below the base are arrows at the lower edge.
+    `is_kept` says which keep all constraints.
+    """
     low = min(values.min(), 0.0)
     if (edge := -LOWEST * max(values.max(), 1e-9)) > low:
         low = edge
-    for trial, value in zip(evidence.trials, values, strict=True):
+    for trial, value, keeps in zip(evidence.trials, values, is_kept, strict=True):
         is_merge = trial.number == evidence.study.best_trial.number
         marker = "D" if is_merge else "v" if value < low else "o"
         (point,) = axis.plot(
@@ -103,21 +110,24 @@ def _draw_trials(axis: "Axes", evidence: Evidence, values: "Array") -> None:
             label="the merge" if is_merge else "trial" if trial is evidence.trials[0] else None,
         )
         shown = evidence.unit.show(value / evidence.unit.factor)
+        shown += ", breaks a constraint" * (not keeps)
         add_hint(point, f"trial {trial.number}, {trial.origin}: {shown}")
 
 
-def _say_progress(evidence: Evidence, values: "Array") -> str:
+def _say_progress(evidence: Evidence, values: "Array", is_kept: "Flags") -> str:
     """Return whether the last trials still gained, and what the best trial and the merge gain."""
     study, unit = evidence.study, evidence.unit
     numbers = [trial.number for trial in evidence.trials]
-    best, last = values.max(), numbers[int(np.argmax(values))]
+    kept = np.where(is_kept, values, -np.inf)
+    best, last = kept.max(), numbers[int(np.argmax(kept))]
     late = min(max(len(values) // 5, FEWEST_LATE), len(values))
-    gained = best - values[:-late].max() if len(values) > late else best
+    gained = best - kept[:-late].max() if len(values) > late else best
     change = f"raised the best score by {unit.show(gained / unit.factor)}"
     change = f"{change} (trial {last})" if gained > 0 else "did not raise the best score"
     outlook = "the search has settled" if gained <= SETTLED * best else "more trials may find more"
     merge = study.best_trial.number
-    text = (
+    text = "" if is_kept.all() else "Trials that break a constraint do not count. "
+    text += (
         f"The last {late} trials {change}: {outlook}. The search score of trial {last} is "
         f"{unit.show(best / unit.factor)} over {study.baseline}"
     )
@@ -216,14 +226,16 @@ def slices_panel(evidence: Evidence) -> Panel | None:
     """
     if len(evidence.trials) < FEWEST_TRIALS:
         return None
-    free, best = list(evidence.study.config.free), evidence.study.best_trial.weights
+    free, best = evidence.study.config.free, evidence.study.best_trial.weights
     columns = {1: 1, 2: 2, 4: 2}.get(len(free), 3)
     rows = -(-len(free) // columns)
     figure, axes = make_figure(0.6 + 1.7 * rows, rows=rows, columns=columns, share=True)
     gained, bottom, slopes = {}, 0.0, slopes_of_trials(evidence.study)
-    for name, axis in zip(free, axes, strict=False):
-        gained[name], low = _draw_slice(axis, evidence, name, slopes)
+    for (name, (least, most)), axis in zip(free.items(), axes, strict=False):
+        gain, low = _draw_slice(axis, evidence, name, slopes)
         bottom = min(bottom, low)
+        if least <= 0 <= most:  # otherwise the study never leaves it out
+            gained[name] = gain
         axis.set_title(f"{name} = {best[name]:g}")
     for axis in axes[len(free) :]:
         axis.set_visible(False)
@@ -271,7 +283,11 @@ def _draw_slice(axis: "Axes", evidence: Evidence, name: str, slopes: Slopes) -> 
 
 
 def _say_what_weights_gain(gained: Mapping[str, float], unit: Unit) -> str:
-    """Return which vectors gain over leaving them out, and which do not."""
+    """Return which vectors gain over leaving them out, and which do not; nothing if none may be
+    left out.
+    """
+    if not gained:
+        return ""
     most = max(gained, key=lambda name: gained[name])
     if gained[most] < LEAST_GAIN:
         names, least = ", ".join(gained), unit.show(LEAST_GAIN)
