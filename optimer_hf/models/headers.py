@@ -13,12 +13,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 def read_shapes(path: Path, prefix: str = "model") -> Shapes:
     """Return the shape of each tensor in a model directory, by name; none if a file cannot be read,
-    which is an error for whoever reads its weights.
+    which is an error for whoever reads its weights. The files are those that `Checkpoint` reads.
     """
     shapes: Shapes = {}
     index = path / f"{prefix}{INDEX}"
+    is_sharded = index.exists() and not (path / f"{prefix}.safetensors").exists()
     try:
-        weight_map = read_index(index) if index.exists() else None
+        weight_map = read_index(index) if is_sharded else None
         for file in find_weights_files(path, prefix, weight_map):
             shapes |= _shapes_in(file)
     except (OptimerError, OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -67,6 +67,27 @@ def test_what_opens_passes_and_what_headers_cannot_tell_is_left_to_opening(
     refuse_other_shapes("google/base", {"v": str(adapter)})
 
 
+def test_a_stale_index_and_tensors_that_were_not_gathered_are_left_to_opening(
+    base, other, tuned, tmp_path
+):
+    stale = tmp_path / "stale"
+    shutil.copytree(tuned, stale)
+    shard = "model-00001-of-00001.safetensors"
+    shutil.copy(other.path / "model.safetensors", stale / shard)
+    index = {"weight_map": dict.fromkeys(read_shapes(other.path), shard)}
+    (stale / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_shapes(stale) == read_shapes(tuned)
+
+    def empty(tensors):
+        tensors.update({name: torch.zeros(0) for name in tensors})
+
+    emptied = edit_weights(tuned, tmp_path / "emptied", empty)
+    refuse_other_shapes(str(base.path), {"stale": str(stale), "emptied": str(emptied)})
+    open_vector("stale", str(stale), base)
+    with pytest.raises(ModelError, match="is empty"):
+        open_vector("emptied", str(emptied), base)
+
+
 def test_headers_have_the_shapes_that_safetensors_reads(base):
     stored = load_file(base.path / "model.safetensors")
     assert read_shapes(base.path) == {name: tuple(t.shape) for name, t in stored.items()}
