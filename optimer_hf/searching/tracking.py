@@ -50,9 +50,13 @@ class Tracker:
         self._state, self._control = TrainerState(), TrainerControl()
 
     def __enter__(self) -> "Tracker":
-        """Begin a run in every tool. Raises ConfigError if one refuses, say without a login."""
+        """Begin a run in every tool. Raises ConfigError if one refuses, say without a login; the
+        runs that have begun are then ended.
+        """
         for tool, error in self._call("on_train_begin"):
-            reason = f"{tool}: {type(error).__name__}: {first_line(error)}"
+            self._callbacks = self._callbacks[: self._callbacks.index(tool)]
+            self.__exit__()
+            reason = f"{type(tool).__name__}: {type(error).__name__}: {first_line(error)}"
             raise ConfigError(
                 f"search.report_to: {reason}. Fix that, or leave the tool out."
             ) from error
@@ -70,10 +74,11 @@ class Tracker:
     def _try(self, event: str, what: str, step: int = 0, **values: Any) -> None:
         for tool, error in self._call(event, step, **values):
             reason = f"{type(error).__name__}: {first_line(error)}"
-            logger.warning("search.report_to: %s did not take %s (%s)", tool, what, reason)
+            name = type(tool).__name__
+            logger.warning("search.report_to: %s did not take %s (%s)", name, what, reason)
 
-    def _call(self, event: str, step: int = 0, **values: Any) -> Iterator[tuple[str, Exception]]:
-        """Tell every tool of an event; yield the names of those that fail, with their errors."""
+    def _call(self, event: str, step: int = 0, **values: Any) -> Iterator[tuple[Any, Exception]]:
+        """Tell every tool of an event; yield those that fail, with their errors."""
         for callback in self._callbacks:
             self._state.global_step = step
             try:
@@ -81,4 +86,4 @@ class Tracker:
                     self._args, self._state, self._control, model=None, **values
                 )
             except Exception as error:  # whatever a tool raises
-                yield type(callback).__name__, error
+                yield callback, error

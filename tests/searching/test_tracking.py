@@ -73,3 +73,13 @@ def test_a_tool_that_refuses_to_begin_is_named_before_the_first_trial(tmp_path, 
     with pytest.raises(ConfigError, match=r"search\.report_to: FailingTool: OSError: no network"):
         search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     assert not (tmp_path / "s").exists()
+
+
+def test_tools_that_began_before_one_refused_are_ended(tmp_path, monkeypatch):
+    tools = [FailingTool(event) for event in ("on_train_end", "", "on_train_begin", "")]
+    monkeypatch.setattr(tracking, "make_callbacks", lambda _: tools)
+    config = config_of(search={"n_trials": 6, "report_to": ["wandb"]})
+    with pytest.raises(ConfigError, match=r"FailingTool: OSError: no network"):
+        search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    both = ["on_train_begin", "on_train_end"]
+    assert [tool.events for tool in tools] == [both, both, ["on_train_begin"], []]
