@@ -180,8 +180,9 @@ def mark_directory(out: Path, claim: Claim) -> None:
 
 def _refuse_other_claim(out: Path, claim: Claim) -> bool:
     """Return whether a directory is marked with a claim; raise OutputError if it has another one,
-    or holds files and has none.
+    or holds files and has none. A directory for several seeds may hold some that were copied there.
     """
+    others = sorted(path.name for path in out.glob("[!.]*"))  # before another process marks it
     marked = read_claim(out)
     if marked is not None:
         if marked != claim:
@@ -191,12 +192,27 @@ def _refuse_other_claim(out: Path, claim: Claim) -> bool:
                 "output directory."
             )
         return True
-    if others := sorted(path.name for path in out.glob("[!.]*")):
+    if claim.seeds:
+        others = [name for name in others if not _is_one_seed(out / name, claim)]
+    if others:
         raise OutputError(
             f"{out}: is not empty ({others[0]}) and was not made by `optimer run`. Give another "
             "output directory."
         )
     return False
+
+
+def _is_one_seed(directory: Path, claim: Claim) -> bool:
+    """Whether a directory has a run under one of the seeds of a claim, and its name."""
+    marked = read_claim(directory)
+    if marked is None or directory.name != seed_directory(marked.seed):
+        return False
+    return marked == claim.model_copy(update={"seeds": False, "seed": marked.seed})
+
+
+def seed_directory(seed: int) -> str:
+    """Return the name of the folder of a run under one of several seeds."""
+    return f"seed-{seed}"
 
 
 def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:

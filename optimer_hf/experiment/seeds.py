@@ -15,20 +15,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
 from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
+from optimer_hf.errors import OutputError
 from optimer_hf.experiment.attempts_figure import write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
+from optimer_hf.experiment.marks import DONE_FILE
 from optimer_hf.experiment.run import (
     claim_directory,
     is_finished,
     mark_directory,
     run_recipe,
+    seed_directory,
 )
 from optimer_hf.experiment.seeds_file import SeededRow, SeedResults, Spread
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit
+from optimer_hf.study.directory import load_study
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +51,15 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         for each in runs:
             logger.info("%s of %d seeds", each.out.name, n_seeds)
             if not is_finished(each, needed=("results.json",)):
+                _refuse_results_alone(each)
                 run_recipe(each)
         results = [read_results(each.out / "results.json", config) for each in runs]
         rows, merges = join_rows(results), [result.merge.weights for result in results]
-        known = [result.rank_correlation for result in results]
+        known = [_correlation_of(*pair) for pair in zip(runs, results, strict=True)]
         correlations = [each for each in known if each is not None]
-        spread = Spread(values=correlations) if len(correlations) == len(runs) else None
+        spread = Spread(values=correlations) if correlations else None
         text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
-        text += describe_correlation(spread) + _notes(run, results, rows)
+        text += describe_correlation(spread, len(runs)) + _notes(run, results, rows)
         if any(row.kind in OF_ATTEMPTS for row in rows):
             write_attempts_figure(rows, config, run.out / ATTEMPTS_FIGURE)
         SeedResults(merges=merges, rows=rows, rank_correlation=spread).write(
@@ -82,7 +88,27 @@ def mark_seeds(run: Run, seed: int) -> Run:
 
 
 def _under(run: Run, seed: int) -> Run:
-    return replace(run, out=run.out / f"seed-{seed}", seed=seed)
+    return replace(run, out=run.out / seed_directory(seed), seed=seed)
+
+
+def _refuse_results_alone(run: Run) -> None:
+    """Raise OutputError if a folder has the results of other inputs and nothing to go on from, as
+    those that were copied from another machine; they would be written over.
+    """
+    if (run.out / DONE_FILE).exists() and not (run.out / "study").exists():
+        raise OutputError(
+            f"{run.out}: its results are those of other inputs: the recipe folder, or a file that "
+            "it names, differs here. Take the same folder as the machine that ran it, or remove "
+            "the results to run this seed here."
+        )
+
+
+def _correlation_of(run: Run, result: Results) -> float | None:
+    """Return the rank correlation of a run; older versions did not record it with the results."""
+    if result.rank_correlation is None and (run.out / "study").is_dir():
+        check = check_ratios(load_study(run.out / "study"))
+        return None if check is None else check.correlation
+    return result.rank_correlation
 
 
 def join_rows(results: Sequence[Results]) -> list[SeededRow]:
@@ -172,7 +198,7 @@ def terms_to_markdown(rows: Sequence[SeededRow]) -> str:
     )
 
 
-def describe_correlation(spread: Spread | None) -> str:
+def describe_correlation(spread: Spread | None, n_seeds: int) -> str:
     """Return how well the searches predict mixtures, as a paragraph; nothing if not known."""
     if spread is None:
         return ""
@@ -181,10 +207,12 @@ def describe_correlation(spread: Spread | None) -> str:
         low, high = spread.interval
         ends = f" [{max(low, -1):.2f}, {min(high, 1):.2f}]"
     each = ", ".join(f"{value:.2f}" for value in spread.values)
+    n = len(spread.values)
+    seeds = "the seeds" if n == n_seeds else f"the {n} of {n_seeds} seeds that have recorded it"
     return (
         "\nRank correlation (Spearman) between what the search predicts for the ratios of the "
         f"mixtures that were trained, and what those scored on the items of the search: mean "
-        f"{spread.mean:.2f}{ends} over the seeds ({each}).\n"
+        f"{spread.mean:.2f}{ends} over {seeds} ({each}).\n"
     )
 
 

@@ -78,9 +78,9 @@ def test_gains_by_term_and_the_rank_correlation_have_intervals_over_the_seeds():
     table = terms_to_markdown([base, average])
     assert "| row | ja | en |" in table
     assert "| uniform average | +15.00 % [-48.53 %, +78.53 %] | -1.00 % |" in table
-    text = describe_correlation(Spread(values=[0.5, 0.7]))
+    text = describe_correlation(Spread(values=[0.5, 0.7]), 2)
     assert "mean 0.60 [-0.67, 1.00] over the seeds (0.50, 0.70)" in text
-    assert describe_correlation(None) == ""
+    assert describe_correlation(None, 2) == ""
 
 
 @pytest.mark.slow
@@ -166,9 +166,27 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
                 shutil.rmtree(path)
             elif path.name not in ("run.json", "done.json", "results.json"):
                 path.unlink()
-    again = run_optimer("run", recipe_dir, out, "--short", "--seeds", "2")
-    assert again.exit_code == 0, again.output
-    assert (out / "results.md").read_text() == joined
+    elsewhere = tmp_path / "elsewhere"  # where no seed has been run
+    for seed in (0, 1):
+        shutil.copytree(out / f"seed-{seed}", elsewhere / f"seed-{seed}")
+    for folder in (out, elsewhere):
+        again = run_optimer("run", recipe_dir, folder, "--short", "--seeds", "2")
+        assert again.exit_code == 0, again.output
+        assert (folder / "results.md").read_text() == joined
+
+    results_file = elsewhere / "seed-0" / "results.json"
+    whole = json.loads(results_file.read_text())
+    assert whole.pop("rank_correlation") == checks[0].correlation
+    results_file.write_text(json.dumps(whole))  # as written by an older version
+    assert run_optimer("run", recipe_dir, elsewhere, "--short", "--seeds", "2").exit_code == 0
+    only = SeedResults.read(elsewhere / "results.json").rank_correlation
+    assert only == Spread(values=[checks[1].correlation])
+    assert "over the 1 of 2 seeds that have recorded it" in (elsewhere / "results.md").read_text()
+
+    (recipe_dir / "another.txt").write_text("other inputs")
+    told = run_optimer("run", recipe_dir, elsewhere, "--short", "--seeds", "2")
+    assert told.exit_code == 1 and "its results are those of other inputs" in told.output
+    assert json.loads(results_file.read_text()) == whole
 
 
 def test_one_seed_and_all_seeds_are_not_asked_for_together(recipe_dir: Path, tmp_path: Path):
