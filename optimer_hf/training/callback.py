@@ -107,19 +107,33 @@ class RunCallback(TrainerCallback):
 
 def tokens_per_step(config: TrainConfig, args: TrainingArguments) -> int:
     """Return how many tokens one step of all processes together trains on."""
-    n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return int(n_blocks * config.block_size)
+    return _blocks_per_batch(args) * args.gradient_accumulation_steps * config.block_size
 
 
 def count_blocks(args: TrainingArguments, n_steps: int, n_blocks: int) -> int:
-    """Return on how many blocks all processes together have trained after so many steps; an epoch
-    has `n_blocks`, so its last batch, and its last step, may have fewer than the others.
+    """Return on how many blocks all processes together have trained after so many steps of epochs
+    of `n_blocks`.
+
+    One process takes a smaller last batch. Several fill it from the start of the data, unless
+    `even_batches` is false (`accelerate.data_loader.BatchSamplerShard`).
     """
-    in_batch: int = args.train_batch_size * args.world_size
-    in_step: int = in_batch * args.gradient_accumulation_steps
-    in_epoch = n_blocks - (n_blocks % in_batch if args.dataloader_drop_last else 0)
+    in_batch = _blocks_per_batch(args)
+    in_step = in_batch * args.gradient_accumulation_steps
+    if args.dataloader_drop_last:
+        in_epoch = n_blocks - n_blocks % in_batch
+    elif args.world_size > 1 and args.accelerator_config.even_batches:
+        in_epoch = n_blocks + -n_blocks % in_batch
+    else:
+        in_epoch = n_blocks
     n_epochs, rest = divmod(n_steps, max(1, math.ceil(in_epoch / in_step)))
     return n_epochs * in_epoch + rest * in_step
+
+
+def _blocks_per_batch(args: TrainingArguments) -> int:
+    """Return how many blocks all processes together take at once."""
+    size: int = args.train_batch_size
+    is_split = args.world_size > 1 and args.accelerator_config.split_batches
+    return size if is_split else size * args.world_size
 
 
 def utilisation(

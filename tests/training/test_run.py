@@ -16,10 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -436,22 +438,34 @@ def test_the_tokens_of_a_last_smaller_batch_are_counted_as_they_are(make_config,
 @given(
     st.builds(
         SimpleNamespace,
-        train_batch_size=st.integers(1, 4),
+        train_batch_size=st.integers(1, 6),
         world_size=st.integers(1, 3),
         gradient_accumulation_steps=st.integers(1, 3),
         dataloader_drop_last=st.booleans(),
+        accelerator_config=st.builds(
+            SimpleNamespace, even_batches=st.booleans(), split_batches=st.booleans()
+        ),
     ),
     st.integers(1, 12),
     st.integers(1, 50),
 )
-def test_blocks_are_counted_as_a_loop_over_epochs_batches_and_steps_does(args, n_steps, n_blocks):
-    in_batch = args.train_batch_size * args.world_size
-    batches = [min(in_batch, n_blocks - at) for at in range(0, n_blocks, in_batch)]
-    if args.dataloader_drop_last:
-        batches = [n for n in batches if n == in_batch]
-    assume(batches)
+def test_blocks_are_counted_as_accelerate_shares_them_out(args, n_steps, n_blocks):
+    given = args.accelerator_config
+    assume(not given.split_batches or args.train_batch_size % args.world_size == 0)
+    drop_last = args.dataloader_drop_last
+    sampler = BatchSampler(range(n_blocks), args.train_batch_size, drop_last=drop_last)
+    shards = [sampler]
+    if args.world_size > 1:  # as in accelerate.data_loader.prepare_data_loader
+        shards = [
+            BatchSamplerShard(
+                sampler, args.world_size, index, given.split_batches, given.even_batches
+            )
+            for index in range(args.world_size)
+        ]
+    rounds = [sum(map(len, each)) for each in itertools.zip_longest(*shards, fillvalue=[])]
+    assume(rounds)
     n = args.gradient_accumulation_steps
-    steps = [sum(batches[at : at + n]) for at in range(0, len(batches), n)]
+    steps = [sum(rounds[at : at + n]) for at in range(0, len(rounds), n)]
     expected = sum(itertools.islice(itertools.cycle(steps), n_steps))
     assert count_blocks(args, n_steps, n_blocks) == expected
 
