@@ -150,20 +150,35 @@ def _notes(evidence: Evidence) -> Iterator[str]:
 # -- bars ------------------------------------------------------------------------------------------
 
 
-def leading_intervals(comparison: Comparison) -> dict[str, Interval]:
-    """Return the gains of the merge over the best baseline and over the base, in words."""
+@dataclass(frozen=True)
+class Gain:
+    """A gain of the merge as text, with as many decimals in `unit` as tell it from 0."""
+
+    label: str
+    text: str
+    interval: Interval
+    unit: Unit
+
+
+def leading_gains(comparison: Comparison) -> list[Gain]:
+    """Return the gains of the merge over the best baseline and over the base."""
     merge, best, base = comparison.merge, comparison.best_baseline(), comparison.base
-    intervals = {f"over {name_of(best)}, the best baseline": comparison.interval(merge, best)}
-    if best != base:
-        intervals["over the base"] = comparison.interval(merge, base)
-    return intervals
+    objective = Unit.of(comparison.objective)
+    gains = []
+    for row in [best] if best == base else [best, base]:
+        interval = comparison.interval(merge, row)
+        unit = objective.telling_from_zero(interval.difference)
+        show = unit.show_difference if row == best else unit.show
+        label = f"over {name_of(row)}{', the best baseline' * (row == best)}"
+        gains.append(Gain(label, show(interval.difference), interval, unit))
+    return gains
 
 
 def _bars(comparison: Comparison) -> list[Bar]:
     """Return the gain over the best baseline and over the base, on one axis."""
-    intervals = leading_intervals(comparison)
+    leading = leading_gains(comparison)
     values = [0.0]
-    for interval in intervals.values():
+    for interval in (gain.interval for gain in leading):
         ends = [] if interval.kind == "none" else [interval.low, interval.high]
         values += [interval.difference, *ends]
     low, span = min(values), max(max(values) - min(values), 1e-9)
@@ -172,22 +187,16 @@ def _bars(comparison: Comparison) -> list[Bar]:
     def place(value: float) -> float:
         return round(100 * (before + (1 - before - after) * (value - low) / span), 2)
 
-    unit = Unit.of(comparison.objective)
-    return [
-        _bar(label, interval, unit, place, is_leading=index == 0)
-        for index, (label, interval) in enumerate(intervals.items())
-    ]
+    return [_bar(gain, place, is_leading=index == 0) for index, gain in enumerate(leading)]
 
 
-def _bar(
-    label: str, interval: Interval, unit: Unit, place: Callable[[float], float], *, is_leading: bool
-) -> Bar:
-    has_ends, unit = interval.kind != "none", unit.telling_from_zero(interval.difference)
-    show = unit.show_difference if is_leading else unit.show
+def _bar(gain: Gain, place: Callable[[float], float], *, is_leading: bool) -> Bar:
+    interval, unit = gain.interval, gain.unit
+    has_ends = interval.kind != "none"
     detail = f"95 % interval {unit.number(interval.low)} to {unit.number(interval.high)}"
     return Bar(
-        label=label,
-        text=show(interval.difference),
+        label=gain.label,
+        text=gain.text,
         detail=detail if has_ends else "no interval",
         zero=place(0.0),
         end=place(interval.difference),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
-from optimer_hf.report.answer import leading_intervals, verdict_of
+from optimer_hf.report.answer import leading_gains, verdict_of
 from optimer_hf.report.drawing import (
     INK,
     LOOKS,
@@ -158,18 +158,18 @@ def answer_panel(comparison: Comparison) -> Panel:
     """Show the gains of the merge over the best baseline and over the base as bars with their
     intervals, like the first screen of a report. A hollow bar may as well be nothing.
     """
-    unit, intervals = Unit.of(comparison.objective), leading_intervals(comparison)
-    figure, axes = make_figure(0.7 + 0.6 * len(intervals))
+    unit, gains = Unit.of(comparison.objective), leading_gains(comparison)
+    figure, axes = make_figure(0.7 + 0.6 * len(gains))
     shown = []
-    for at, (name, interval) in enumerate(intervals.items()):
-        value = (unit.show if at else unit.show_difference)(interval.difference)
+    for at, (gain, interval) in enumerate((gain, gain.interval) for gain in gains):
+        value = gain.text
         face = MERGE if interval.excludes_zero else "none"
         axes[0].barh(at, unit.factor * interval.difference, 0.35, facecolor=face, edgecolor=MERGE)
         if interval.kind != "none":
-            value = f"{value} {unit.show_interval(interval)}"
+            value = f"{value} {gain.unit.show_interval(interval)}"
             ends = [unit.factor * end for end in (interval.low, interval.high)]
             axes[0].plot(ends, [at, at], "|-", color=INK, linewidth=1.4, markersize=9)
-        shown.append((name, value))
+        shown.append((gain.label, value))
     axes[0].axvline(0, color=INK, linewidth=0.7, zorder=0)
     labels = ["\n".join([*textwrap.wrap(name, 30), value]) for name, value in shown]
     axes[0].set_yticks(range(len(labels)), labels)

@@ -9,6 +9,7 @@ from optimer_hf.comparison.rows import SealedRow
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.report.answer import answer_of, verdict_of
 from optimer_hf.report.evidence import read_evidence
+from optimer_hf.report.score_panels import answer_panel
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.scoring.scores import TermScore
@@ -48,11 +49,14 @@ def test_a_small_difference_is_not_shown_as_none():
 
     objective = Objective.model_validate({"terms": [{"task": "t", "metric": "loss"}]})
     rows = [row("base", 3.0), row("average", 2.0), row("merge", 1.99999, -2e-6)]
-    verdict = verdict_of(Comparison(rows, objective, {}))
+    comparison = Comparison(rows, objective, {})
+    verdict = verdict_of(comparison)
     assert verdict == (
         "The merge beats the best of 2 baselines (uniform average) by 0.0004 points on the sealed "
         "test."
     )
+    shown = answer_panel(comparison).shows
+    assert "over uniform average, the best baseline +0.0004 points [+0.000" in shown
 
 
 def test_bars_are_in_proportion_and_hollow_where_nothing_is_certain(compared):
