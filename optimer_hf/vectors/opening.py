@@ -1,5 +1,6 @@
 """Open a directory as a distribution vector, and check that it fits its base."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from optimer_hf.errors import ModelError, VocabularyError
+from optimer_hf.errors import ModelError, OptimerError, VocabularyError
 from optimer_hf.files.reference import expand_home
 from optimer_hf.models.aligned import AlignedTensors
 from optimer_hf.models.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from optimer_hf.models.layout import (
     ResolvedModel,
     has_tokenizer,
     weight_digests,
+    weight_states,
     weights_fingerprint,
 )
 from optimer_hf.models.live import load_tokenizer
@@ -53,6 +55,8 @@ OTHER_TOKENS = (
 )
 
 QUANTIZATION = "quantization_config"
+
+States = tuple[tuple[str, tuple[int, int]], ...]  # `weight_states`, hashable
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -218,13 +222,25 @@ def warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
 
 def _is_another_model(path: Path, base: ResolvedModel) -> bool:
     """Whether there is a model at `path` whose weights are not those of the base, as far as a part
-    of each file tells.
+    of each file tells; unknown of one that is in files of other names, or cannot be read.
     """
-    if not (path / "config.json").is_file() or path.resolve() == base.path.resolve():
+    try:
+        if not (path / "config.json").is_file() or path.resolve() == base.path.resolve():
+            return False
+        union, states = UnionRecord.of(base.path), weight_states(base.path)
+        if (states if union is None else union.base).keys() != weight_states(path).keys():
+            return False
+        if union is not None:
+            return weights_fingerprint(path) != union.fingerprint
+        return weights_fingerprint(path) != _fingerprint_of_base(base.path, (*states.items(),))
+    except (OSError, ValueError, OptimerError):  # ValueError: the path contains a null byte
         return False
-    union = UnionRecord.of(base.path)
-    own = weights_fingerprint(base.path) if union is None else union.fingerprint
-    return weights_fingerprint(path) != own
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint_of_base(path: Path, states: States) -> str:
+    """Return a base's fingerprint; `states` is part of the cache key, to notice other weights."""
+    return weights_fingerprint(path)
 
 
 def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.writer import write_merged
+from optimer_hf.models import layout
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.resolve import resolve_base
@@ -85,6 +86,7 @@ def test_a_vector_of_another_base_is_refused_by_the_sha256_in_its_record(
         open_vector("ja", str(copy), ResolvedModel(path, "other-9"))
 
 
+SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
 MIRROR = "unsloth/gemma-3-270m-it-unsloth-bnb-4bit"
 
 
@@ -123,6 +125,34 @@ def test_an_adapter_that_names_its_base_or_nothing_known_is_opened_without_a_wor
     named = {"the base": str(base.path), "": ""}.get(declared, str(tmp_path / declared))
     open_vector("ja", str(declaring(adapter, named, tmp_path / "ja")), base)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("declared", ["/" + 300 * "x", "/null\0", "damaged", "in shards"])
+def test_an_adapter_whose_named_base_cannot_be_compared_is_opened_without_a_word(
+    base, adapter, tmp_path, caplog, declared
+):
+    for name in ("damaged", "in shards"):
+        shutil.copytree(base.path, tmp_path / name)
+        (tmp_path / name / "model.safetensors").rename(tmp_path / name / SHARD)
+    weight_map = dict.fromkeys(load_file(base.path / "model.safetensors"), SHARD)
+    (tmp_path / "in shards" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "damaged" / INDEX).write_text("[]")
+    named = str(tmp_path / declared)
+    open_vector("ja", str(declaring(adapter, named, tmp_path / "ja")), base)
+    assert not caplog.records
+
+
+def test_the_base_is_read_once_for_all_adapters_that_name_another(
+    adapter, base, save_model, tmp_path, monkeypatch
+):
+    other = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "the other")
+    own = shutil.copytree(base.path, tmp_path / "own")
+    read = []
+    monkeypatch.setattr(layout, "fingerprint", lambda file: read.append(file.parent) or str(file))
+    for name in ("a", "b"):
+        copy = declaring(adapter, str(other), tmp_path / name)
+        open_vector(name, str(copy), ResolvedModel(own, "own"))
+    assert read.count(own) == 1
 
 
 def test_an_adapter_that_names_another_base_and_fits_is_opened_with_one_warning(
