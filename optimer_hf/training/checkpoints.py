@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.digest import fingerprint
@@ -35,7 +35,7 @@ STATE = "trainer_state.json"
 
 class StartedRecord(VersionedFile):
     """started.json: the settings of a run that has begun (`training`), the digests of what it
-    reads, and what was packed for it.
+    reads, and what was packed for it, in segments of at most `context` tokens.
     """
 
     config_sha256: str
@@ -43,6 +43,7 @@ class StartedRecord(VersionedFile):
     inputs: dict[str, str] = {}
     parts: list[Part] = []
     blocks_sha256: str | None = None  # earlier versions did not have it
+    context: int | None = Field(default=None, exclude_if=lambda context: context is None)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class TrainConfig(VersionedFile):
         default=1024, ge=8, le=2**20, examples=[2048], json_schema_extra={"unit": "tokens"}
     )
     """Length of a training example in tokens. Documents are packed into blocks without padding, and
-    cut where a block ends or the context of the base does.
+    cut where a block ends. A base with a table of positions reads no more than it has rows, so
+    documents are cut there, too.
     """
     max_tokens: int | None = Field(
         default=None,

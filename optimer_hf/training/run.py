@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from datetime import timedelta
@@ -81,6 +82,9 @@ logger = logging.getLogger(__name__)
 
 PACKED = "blocks."  # what packing writes begins so
 LEFTOVERS = (ATOMIC_PREFIX, PACKED)  # of a run that was killed while packing
+POSITIONS = re.compile(  # tables with a row for each position, which have no row beyond the last
+    r"(^|\.)(wpe|positions_embed|(embed_)?positions?(_embeddings?)?)(\.weight)?$"
+)
 LONGEST_WAIT = 6 * 3600  # seconds; packing a billion tokens takes half an hour
 
 
@@ -248,12 +252,13 @@ def _prepare_under_lock(config: TrainConfig, out: Path) -> PackedCorpus | None:
         return _begin(config, out)
     packed = _read_blocks(record, out)
     if packed is None or _has_other_text(record, packed):  # lost or damaged
-        packed = _pack_text(config, *_check_base(config), out / BLOCKS)
+        tokenizer, context = _check_base(config)
+        packed = _pack_text(config, tokenizer, record.context or context, out / BLOCKS)
     if _has_other_text(record, packed):
         (out / BLOCKS).unlink()
         raise OutputError(
-            f"{out}: the corpus has changed since the run was started. Restore the corpus, or "
-            "remove the directory to start again."
+            f"{out}: the corpus has changed since the run was started, or another version of "
+            "optimer-hf has packed it. Restore the corpus, or remove the directory to start again."
         )
     return packed
 
@@ -272,6 +277,7 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
             inputs=config.digest_inputs(),
             parts=list(packed.parts),
             blocks_sha256=packed.sha256,
+            context=context,
         ).write(out / STARTED)
     except BaseException:
         _remove_packed(out)
@@ -284,14 +290,14 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
 
 def _check_base(config: TrainConfig) -> tuple[Any, int | None]:
     """Check the base and the LoRA of a run as its vector will be checked. Return the tokenizer, and
-    the longest text that the base reads, in tokens (None: any).
+    the longest text that the base can read, in tokens (None: any).
 
     Loads no weights.
     """
     base = resolve_base(config.base_model)
     tokenizer = _tokenizer(base.path, tuple(sorted(tokenizer_digests(base.path).items())))
     model = empty_model(base)
-    context = _context_of(model)
+    context = _context_of(model, config.block_size)
     adapted = add_lora(model, config, base)
     check_targets(config, adapted)
     refuse_unpassable(config, adapted)
@@ -301,10 +307,24 @@ def _check_base(config: TrainConfig) -> tuple[Any, int | None]:
     return tokenizer, context
 
 
-def _context_of(model: Any) -> int | None:
-    """Return the longest text that a model reads, in tokens, by its config; None: any."""
+def _context_of(model: Any, block_size: int) -> int | None:
+    """Return the longest text that a model can read, in tokens; None: any, as where positions are
+    computed. Warn of a block that is longer than what the config says.
+    """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
+    if not isinstance(longest, int) or longest <= 0:
+        return None
+    decoder = model.get_decoder()
+    state = (*decoder.named_parameters(), *decoder.named_buffers())
+    is_table = any(POSITIONS.search(name) and len(each) >= longest for name, each in state)
+    if longest < block_size:
+        logger.warning(
+            "block_size is %s, the config of the base says max_position_embeddings %s: %s",
+            f"{block_size:,}",
+            f"{longest:,}",
+            "documents are cut there" if is_table else "positions beyond have not been trained",
+        )
+    return longest if is_table else None
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a recipe have one base; a large vocabulary takes long
@@ -328,16 +348,7 @@ def _has_other_text(record: StartedRecord, packed: PackedCorpus) -> bool:
 
 
 def _pack_text(config: TrainConfig, tokenizer: Any, context: int | None, out: Path) -> PackedCorpus:
-    """Pack the corpus or the mixture of a run, with its replay. Warn of documents that are cut
-    where the context of the base ends, and of repeated ones.
-    """
-    if context is not None and context < config.block_size:
-        logger.warning(
-            "block_size is %s, but the base reads at most %s tokens (max_position_embeddings of "
-            "its config.json): documents are cut there",
-            f"{config.block_size:,}",
-            f"{context:,}",
-        )
+    """Pack the corpus or the mixture of a run, with its replay. Warn of repeated documents."""
     if config.corpus is not None and config.replay is None:
         return pack(
             config.corpus,

@@ -25,6 +25,10 @@ from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    OPTConfig,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -38,13 +42,14 @@ from optimer_hf.training import run as run_module
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.callback import count_blocks
 from optimer_hf.training.captured import CapturedTrainer
-from optimer_hf.training.checkpoints import SpentRecord
+from optimer_hf.training.checkpoints import SpentRecord, StartedRecord
 from optimer_hf.training.checks import check_config
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import pack
 from optimer_hf.training.run import is_trained, prepare, train
 from optimer_hf.training.trainer import build_trainer
 from optimer_hf.vectors.training_record import Speed
+from tests.support.tiny import SIZES
 from tests.support.training import FAST, LORA, losses_of, record_of
 
 ROOT = Path(__file__).parents[2]
@@ -407,18 +412,71 @@ def test_a_corpus_that_is_too_small_leaves_no_directory(make_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_document_is_cut_where_the_context_of_the_base_ends(
-    make_base, make_config, tmp_path, caplog
+TABLES = {
+    "gpt2": GPT2Config(**SIZES, n_positions=12),
+    "opt": OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=12, dropout=0.0
+    ),
+    "gptj": GPTJConfig(**SIZES, n_positions=12, rotary_dim=4),
+}
+ROTARY = {
+    "no scaling": {},
+    "YaRN": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("kind", [*TABLES, *ROTARY])
+def test_documents_are_cut_only_where_the_base_can_read_no_more(
+    kind, make_base, make_config, tmp_path, caplog
 ):
-    base = shutil.copytree(make_base("llama", torch.float32).path, tmp_path / "base")
-    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
-    config = make_config("llama").model_copy(update={"base_model": str(base)})
-    packed = prepare(config, tmp_path / "out")
+    made = make_base("llama", torch.float32).path
+    base, out, is_cut = tmp_path / "base", tmp_path / "out", kind in TABLES
+    shutil.copytree(made, base)
+    config = TABLES.get(kind) or LlamaConfig.from_pretrained(
+        made, max_position_embeddings=12, **ROTARY[kind]
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    settings = {"base_model": str(base), "lora": None}
+    run = make_config("llama").model_copy(update=settings)
+    packed = prepare(run, out)
     assert packed is not None
     assert packed.blocks.shape == (6, 2, 32)
-    assert packed.blocks[:, 1].max() == 11
-    assert "block_size is 32, but the base reads at most 12 tokens" in caplog.text
+    assert (packed.blocks[:, 1].max() == 11) == is_cut
+    assert "block_size is 32, the config of the base says max_position_embeddings 12: " in (
+        caplog.text
+    )
+    assert ("documents are cut there" in caplog.text) == is_cut
+    assert ("positions beyond have not been trained" in caplog.text) != is_cut
+    if not is_cut:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model(input_ids=torch.zeros(1, 32, dtype=torch.long))
+
+    (out / "blocks.npy").unlink()
+    again = prepare(run, out)
+    assert again is not None
+    assert again.sha256 == packed.sha256
+
+
+def test_lost_blocks_are_packed_again_with_the_context_that_they_had(make_config, tmp_path):
+    config, out = make_config("llama"), tmp_path / "out"
+    packed = prepare(config, out)
+    assert packed is not None
+    started = StartedRecord.read(out / "started.json")
+    assert started.context is None
+    corpus, settings = config.corpus, {"block_size": 32, "max_tokens": 192, "seed": config.seed}
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model)
+    cut = pack(corpus, tokenizer, **settings, out=tmp_path / "cut.npy", context=12)
+    (out / "blocks.npy").unlink()
+    changed = {"context": 12, "blocks_sha256": cut.sha256}
+    started.model_copy(update=changed).write(out / "started.json")
+    again = prepare(config, out)
+    assert again is not None
+    assert again.sha256 == cut.sha256 != packed.sha256
+
+    (out / "blocks.npy").unlink()
+    started.model_copy(update=changed | {"context": None}).write(out / "started.json")
+    with pytest.raises(OutputError, match="or another version of optimer-hf has packed it"):
+        prepare(config, out)
 
 
 def test_what_was_packed_for_another_corpus_does_not_stay(make_config, tmp_path):
