@@ -14,6 +14,7 @@ from optimer_hf.experiment.profile import (
     RecipeFiles,
     check_profile,
     is_profile,
+    list_profiled_fields,
     read_recipe_files,
 )
 from optimer_hf.experiment.recipe_checks import check_mixtures, check_study
@@ -105,7 +106,8 @@ def _check_training(config: TrainConfig, origin: Origin) -> None:
 
 def _check_for_run(config: StudyConfig, path: Path) -> None:
     """Raise ConfigError for the study.yaml of a recipe folder that `optimer run` would refuse, if
-    its train files are here; they are checked on their own.
+    its train files are here; they are checked on their own. What a profile or `--tokens` may give
+    is left to them.
     """
     if path.name != STUDY or all(vector.source is not None for vector in config.vectors.values()):
         return
@@ -113,8 +115,10 @@ def _check_for_run(config: StudyConfig, path: Path) -> None:
         files = read_recipe_files(path.parent, None)
     except ConfigError:
         return
-    check_study(files)
-    check_mixtures(files)
+    profiled = list_profiled_fields(path.parent)
+    check_study(files, needs_test=("study", "test") not in profiled)
+    if all(training.max_tokens is not None for training in files.trainings.values()):
+        check_mixtures(files, has_budget=("train", "max_tokens") not in profiled)
 
 
 def list_missing_inputs(origin: Origin, config: VersionedFile, *, baselines: bool = True) -> str:

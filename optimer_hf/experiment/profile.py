@@ -1,6 +1,7 @@
 """Profiles of a recipe folder: values that are laid over its study.yaml and its train files."""
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def read_profile(path: Path) -> Profile:
     if mistakes:
         raise ConfigError(list_mistakes(path, mistakes))
     return Profile(path, {key: data.get(key, {}) for key in SECTIONS})
+
+
+def list_profiled_fields(folder: Path) -> set[tuple[str, str]]:
+    """Return the sections and fields that some profile in a recipe folder sets, such as `train` and
+    `max_tokens`. Files with mistakes are passed over.
+    """
+    fields: set[tuple[str, str]] = set()
+    for path in folder.glob("*.yaml"):
+        with suppress(ConfigError):
+            if is_profile(set(read_yaml(path))):
+                sections = read_profile(path).sections
+                fields |= {(name, field) for name, data in sections.items() for field in data}
+    return fields
 
 
 def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:

@@ -28,15 +28,18 @@ def _refuse(files: RecipeFiles, place: Place, message: str) -> ConfigError:
 # -- the study -------------------------------------------------------------------------------------
 
 
-def check_study(files: RecipeFiles) -> None:
-    """Raise ConfigError for a study that `optimer run` cannot run."""
+def check_study(files: RecipeFiles, *, needs_test: bool = True) -> None:
+    """Raise ConfigError for a study that `optimer run` cannot run. Without `needs_test`, a profile
+    may still add the sealed test.
+    """
     config, trainings = files.study, files.trainings
     _check_functions(files, "objective", config.objective)
-    if config.test is None:
+    if config.test is None and needs_test:
         message = "field 'test' is missing. A run ends with the sealed test. Name its terms, or "
         message += "use `optimer search`."
         raise ConfigError(list_mistakes(files.file, [(("test",), message)]))
-    _check_functions(files, "test", config.test)
+    if config.test is not None:
+        _check_functions(files, "test", config.test)
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             message = (
@@ -97,9 +100,10 @@ def _naming(files: RecipeFiles, place: Place) -> Iterator[None]:
         raise _refuse(files, place, str(error)) from error
 
 
-def check_mixtures(files: RecipeFiles) -> None:
+def check_mixtures(files: RecipeFiles, *, has_budget: bool = True) -> None:
     """Raise ConfigError for mixtures that cannot be trained: those in the pool, and the baselines,
-    which are trained after the search.
+    which are trained after the search. Without `has_budget`, a profile may still change on how many
+    tokens the vectors are trained.
     """
     config, singles = files.study, files.trainings
     baselines = config.baselines
@@ -123,7 +127,7 @@ def check_mixtures(files: RecipeFiles) -> None:
         with _naming(files, ("baselines", "mixtures", name)):
             mix_runs(singles, shares, name=slug(name), max_tokens=1)
     if baselines.attempts:
-        _check_attempts(files)
+        _check_attempts(files, has_budget=has_budget)
 
 
 def _sources_of_mixtures(files: RecipeFiles) -> Mapping[str, str]:
@@ -136,7 +140,7 @@ def _sources_of_mixtures(files: RecipeFiles) -> Mapping[str, str]:
     }
 
 
-def _check_attempts(files: RecipeFiles) -> None:
+def _check_attempts(files: RecipeFiles, *, has_budget: bool) -> None:
     """Raise ConfigError if the attempts at a mixture cannot share the tokens of all vectors, or if
     one of these is in every merge, and so would be in each attempt twice.
     """
@@ -153,7 +157,7 @@ def _check_attempts(files: RecipeFiles) -> None:
     shares = dict.fromkeys(singles, 1.0)
     with _naming(files, place):
         block_size = mix_runs(singles, shares, name="attempt", max_tokens=1).block_size
-    if n_tokens < block_size:
+    if has_budget and n_tokens < block_size:
         raise _refuse(
             files,
             place,

@@ -1,5 +1,6 @@
 """profile.py: mistakes in a profile are named with the profile and their line in it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,31 @@ def test_validate_refuses_the_study_of_a_folder_that_no_run_takes(recipe_dir: Pa
     study.write_text(yaml.safe_dump(data | {"test": None}))
     assert "field 'test' is missing. A run ends" in run_optimer("validate", study).output
     next(recipe_dir.glob("train-*.yaml")).unlink()
+    assert "a valid study" in run_optimer("validate", study).output
+
+
+@pytest.mark.parametrize(
+    ("of_study", "max_tokens", "profile"),
+    [
+        ({"test": None}, 64, "study: {test: TEST}\n"),
+        ({"baselines": {"attempts": [8]}}, 64, "train: {max_tokens: 4096}\n"),
+        ({"baselines": {"attempts": [2]}}, None, "train: {max_tokens: 4096}\n"),
+        ({"baselines": {"attempts": [2]}}, None, None),  # for `optimer run --tokens`
+    ],
+)
+def test_validate_leaves_to_a_profile_and_to_tokens_what_they_give(
+    recipe_dir: Path, of_study, max_tokens, profile
+):
+    study = recipe_dir / "study.yaml"
+    whole = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump(whole | of_study))
+    for file in recipe_dir.glob("train-*.yaml"):
+        data = yaml.safe_load(file.read_text()) | {"max_tokens": max_tokens}
+        file.write_text(yaml.safe_dump(data))
+    (recipe_dir / "short.yaml").unlink()
+    if profile is not None:
+        (recipe_dir / "gpu.yaml").write_text(profile.replace("TEST", json.dumps(whole["test"])))
+        assert "a valid profile" in run_optimer("validate", recipe_dir / "gpu.yaml").output
     assert "a valid study" in run_optimer("validate", study).output
 
 
