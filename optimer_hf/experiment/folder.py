@@ -211,7 +211,6 @@ def load_inputs(run: Run) -> Inputs:
         for corpus in training.corpora:
             next(read_documents(corpus), None)
     _check_tests(config)
-    check_mixtures(files)
     trainings = {
         name: _add_seed(training, run.seed)
         for name, training in (singles | mix_vectors(files)).items()
@@ -252,6 +251,7 @@ def _read_files(run: Run) -> RecipeFiles:
     profile = read_profile(run.folder / f"{run.profile}.yaml") if run.profile else None
     files = read_recipe_files(run.folder, profile, run.tokens)
     check_study(files)
+    check_mixtures(files)
     if missing := list_missing_inputs_of_recipe(files):
         raise ConfigError(missing)
     given = {n: str(v.source) for n, v in files.study.vectors.items() if v.source is not None}

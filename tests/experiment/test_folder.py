@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optimer_hf.experiment.folder import load_inputs, run_of
+from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.folder import check_folder, load_inputs, run_of
 from tests.support.experiments import run_optimer
 
 
@@ -116,3 +117,11 @@ def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir
     result = run_optimer("run", recipe_dir, tmp_path / "out")
     assert result.exit_code == 1 and "vectors.it.source: " in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_that_cannot_be_trained_is_named_before_libraries_load(recipe_dir: Path):
+    study = recipe_dir / "study.yaml"
+    data = yaml.safe_load(study.read_text()) | {"baselines": {"attempts": [99]}}
+    study.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="99 attempts leave"):
+        check_folder(run_of(recipe_dir))
