@@ -1,10 +1,10 @@
 """The result of a sealed test: all rows, and how any two of them compare."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from optimer_hf.comparison.rows import RowKind, SealedRow
+from optimer_hf.comparison.rows import LeftOut, RowKind, SealedRow
 from optimer_hf.files.text import html_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval, show_value
 from optimer_hf.scoring.intervals import Interval
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class Comparison:
     """The rows of a sealed test, the base first, and the objective that compares them.
 
-    `retarget` has the term weights of each re-targeted merge, by name.
+    `retarget` has the term weights of each re-targeted merge, by name; `left_out` the baselines
+    that could not be scored.
     """
 
     rows: list[SealedRow]
     objective: Objective
     retarget: Mapping[str, Mapping[str, float]]
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def __repr__(self) -> str:
         unit, merge = Unit.of(self.objective), self.merge
@@ -39,7 +41,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """Return the table of the sealed test and its verdicts, for a notebook."""
-        return html_table(" ".join(verdicts(self)), *table(self))
+        return html_table(" ".join([*verdicts(self), *say_left_out(self)]), *table(self))
 
     def to_dataframe(self) -> "DataFrame":
         """Return a pandas DataFrame with one row for each weight set, indexed by its title.
@@ -147,3 +149,8 @@ def verdicts(comparison: Comparison) -> list[str]:
             margin += "; the best scales are those for the study's own objective"
         sentences.append(f"{row.title} minus the best of the others ({other.title}): {margin}.")
     return sentences
+
+
+def say_left_out(comparison: Comparison) -> list[str]:
+    """Return one sentence for each baseline that could not be scored."""
+    return [f"Left out: {each.name}, because {each.reason}." for each in comparison.left_out]

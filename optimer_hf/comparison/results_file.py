@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from optimer_hf.comparison.result import Comparison, limited_terms, verdicts
-from optimer_hf.comparison.rows import RowKind, SealedRow, mark_title
+from optimer_hf.comparison.rows import LeftOut, RowKind, SealedRow, mark_title
 from optimer_hf.comparison.sealed_file import kind_of_title
 from optimer_hf.files.model import FileModel, VersionedFile, parse
 from optimer_hf.files.reading import read_yaml
@@ -86,7 +86,8 @@ class Results(VersionedFile):
 
     `limited` has the labels of the terms that were scored on some of their items. Files of version
     0.1.0 lack both; `read_results` adds them. `rank_correlation` is that of `check_ratios`, if the
-    run has trained enough attempts at a mixture.
+    run has trained enough attempts at a mixture. `left_out` has the baselines that could not be
+    scored.
     """
 
     rows: list[RowResult] = Field(min_length=1)
@@ -94,6 +95,7 @@ class Results(VersionedFile):
     unit: Unit = PERCENT
     limited: list[str] = []
     rank_correlation: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    left_out: list[LeftOut] = Field(default=[], exclude_if=lambda value: not value)
 
     @property
     def by_key(self) -> dict[tuple[RowKind, str], RowResult]:
@@ -115,6 +117,7 @@ def results_of(comparison: Comparison, rank_correlation: float | None = None) ->
         unit=Unit.of(objective),
         limited=limited_terms(objective),
         rank_correlation=rank_correlation,
+        left_out=comparison.left_out,
     )
 
 

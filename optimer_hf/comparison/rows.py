@@ -12,7 +12,7 @@ from typing import Literal
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Origin
-from optimer_hf.files.model import list_mistakes
+from optimer_hf.files.model import FileModel, list_mistakes
 from optimer_hf.files.text import count, prefix_field
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
@@ -180,6 +180,15 @@ def weights_key(weights: Mapping[str, float]) -> str:
     """Return weights as text, rounded to six digits."""
     rounded = {name: round(weight, 6) + 0.0 for name, weight in weights.items()}
     return json.dumps(rounded, sort_keys=True)
+
+
+class LeftOut(FileModel):
+    """A baseline that is not in the table of a sealed test, with its title, and why."""
+
+    kind: RowKind
+    subject: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -28,13 +28,14 @@ from optimer_hf.comparison.rows import (
     title_of,
 )
 from optimer_hf.comparison.sealed_file import SealedLog, give_scores
-from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import absolute_reference
-from optimer_hf.files.text import slug
+from optimer_hf.files.text import first_line, slug
 from optimer_hf.progress import Meter, announce
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.engine import keep_engine
+from optimer_hf.searching.faults import is_environmental
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Pool, ResidentPool, base_of_study, run_trial
@@ -46,19 +47,34 @@ from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
 logger = logging.getLogger(__name__)
 
 SCALED = "the mixture"  # name of the vector in the search for its scale
-NEEDED = ("base", "fixed", "merge", "retargeted")  # kinds of rows without which nothing is compared
+NEEDED = (  # kinds of rows without which nothing is compared, and those that a run has trained for
+    *("base", "fixed", "merge", "retargeted"),
+    *OF_MIXTURES,
+    *OF_ATTEMPTS,
+)
 
 
 @dataclass(frozen=True)
 class _Sealing:
     """A sealed test that is open: where its rows go, the weights that were chosen before it was
-    opened, and those of the rows that it needs, both by key.
+    opened, and those of the rows that it needs, both by key. `reasons` gets those of the baselines
+    that cannot be scored, by key.
     """
 
     study: Study
     log: SealedLog
     planned: frozenset[str]
     needed: frozenset[str]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, contender: Contender, what: str, reason: str) -> None:
+        """Leave a row out that cannot be `what`. Raises EvaluationError if it is needed."""
+        if contender.key in self.needed:
+            raise EvaluationError(
+                f"sealed test: row {contender.title!r} cannot be {what}: {reason}"
+            )
+        logger.warning("sealed test: %s is left out: %s", contender.title, reason)
+        self.reasons[contender.key] = f"it cannot be {what} ({reason})"
 
 
 def list_own_contenders(study: Study) -> list[Contender]:
@@ -108,8 +124,8 @@ def compare(
 
     `mixtures` maps the names of `baselines.mixtures` to the trained models (None: those that a run
     of the study has trained). Raises ConfigError if the study has no `test`, or two rows the same
-    title; EvaluationError if the base or a merge cannot be scored. Baselines that cannot are left
-    out with a warning.
+    title; EvaluationError if the base, a merge or a mixture that a run has trained cannot be
+    scored. Other baselines that cannot are `left_out`.
     """
     mixtures = read_mixtures(study.directory) if mixtures is None else mixtures
     objective = _find_test(study)
@@ -143,7 +159,8 @@ def compare(
         scored = {row.key: row for row in log.scored}
         rows = [give_scores(each, scored[each.key]) for each in contenders if each.key in scored]
         log.append_equals(rows)
-    return Comparison(rows, objective, study.config.retarget)
+        left_out = log.record_left_out(contenders, sealing.reasons)
+    return Comparison(rows, objective, study.config.retarget, left_out)
 
 
 def compare_study(
@@ -196,17 +213,28 @@ def _score_models(
 ) -> None:
     """Build each model that is not a merge of the study's pool, and score it."""
     with _scratch_directory(sealing.study) as scratch:
+
+        def open_pool(model: baselines.ModelContender) -> Pool:
+            return pool(with_pool(sealing.study.config, model.make(scratch), model.splits))
+
         for contender, model in contenders:
             gc.collect()  # the harness keeps the previous model alive in a cycle
-            made = with_pool(sealing.study.config, model.make(scratch), model.splits)
-            _score_other(sealing, contender, pool(made))  # not held any longer
+            _score_model(sealing, contender, partial(open_pool, model))  # which nothing holds then
 
 
-def _score_other(sealing: _Sealing, contender: Contender, pool: Pool) -> None:
-    """Score a row with vectors from outside the pool of the study.
+def _score_model(sealing: _Sealing, contender: Contender, open_pool: Callable[[], Pool]) -> None:
+    """Build a model that is not a merge of the study's pool, and score it; leave it out if it
+    cannot be built.
 
     Raises StudyError unless base, tokenizer and sealed items are those of the study.
     """
+    try:
+        pool = open_pool()
+    except Exception as error:
+        if is_environmental(error) and not isinstance(error, ModelError):
+            raise
+        sealing.leave_out(contender, "built", f"{type(error).__name__}: {first_line(error)}")
+        return
     common = {
         key: digest
         for key, digest in pool.inputs.items()
@@ -370,8 +398,6 @@ def _score(sealing: _Sealing, contenders: Sequence[Contender], pool: Pool) -> No
             error = str(trial.error).partition("\n")[0] if trial.status == "crashed" else None
             if (reason := error or log.mistake_of(row)) is None:
                 log.append(row)
-            elif each.key in sealing.needed:
-                raise EvaluationError(f"sealed test: row {each.title!r} cannot be scored: {reason}")
             else:
-                logger.warning("sealed test: %s is left out: %s", each.title, reason)
+                sealing.leave_out(each, "scored", reason)
             meter.advance(1)

@@ -1,5 +1,5 @@
 """Read and write the sealed test on disk: sealed.json has the rows that were chosen before it was
-opened, sealed.jsonl those that were scored since.
+opened, and those that could not be scored; sealed.jsonl has those that were scored.
 
 Version 0.1.0 wrote trials whose origin was the title of the row. They are read as rows here and
 nowhere else.
@@ -11,13 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import (
     OF_ONE_VECTOR,
     TITLES,
     Contender,
+    LeftOut,
     RowKind,
     SealedRow,
     weights_key,
@@ -41,9 +42,12 @@ _ROW = TypeAdapter(SealedRow)
 
 
 class Seal(VersionedFile):
-    """sealed.json: the rows chosen before the first sealed score was seen, as title -> weights."""
+    """sealed.json: the rows chosen before the first sealed score was seen, as title -> weights, and
+    the baselines that could not be scored.
+    """
 
     rows: dict[str, str]
+    left_out: list[LeftOut] = Field(default=[], exclude_if=lambda rows: not rows)
 
 
 class SealedLog:
@@ -113,6 +117,27 @@ class SealedLog:
             Seal(rows={row.title: row.key for row in first or contenders}).write(self._seal)
         return frozenset(Seal.read(self._seal).rows.values())
 
+    def record_left_out(
+        self, contenders: Sequence[Contender], reasons: Mapping[str, str]
+    ) -> list[LeftOut]:
+        """Write down which contenders could not be scored, and return them; `reasons` is by their
+        keys. What is known of other rows stays.
+        """
+        left_out = [
+            LeftOut(kind=row.kind, subject=row.subject, name=row.title, reason=reasons[row.key])
+            for row in contenders
+            if row.key in reasons
+        ]
+        seal, tried = Seal.read(self._seal), {(row.kind, row.subject) for row in contenders}
+        others = [each for each in seal.left_out if (each.kind, each.subject) not in tried]
+        if seal.left_out != (known := [*others, *left_out]):
+            seal.model_copy(update={"left_out": known}).write(self._seal)
+        return left_out
+
+    def read_left_out(self) -> list[LeftOut]:
+        """Return the baselines that could not be scored."""
+        return Seal.read(self._seal).left_out if self._seal.exists() else []
+
     def _planned_weights(self, trials: Mapping[int, Trial]) -> frozenset[str]:
         """Return what `open_seal` returns for trials of version 0.1.0; write nothing."""
         if self._seal.exists():
@@ -168,7 +193,9 @@ def read_comparison(study: Study) -> Comparison | None:
         name: weights for name, weights in config.retarget.items() if ("retargeted", name) in rows
     }
     first = replace(base, kind="base", subject="")
-    return Comparison([first, *others, merge, *targets], config.test, retarget)
+    titles = {row.title for row in rows.values()}  # scored since, before another one ended a test
+    left_out = [each for each in log.read_left_out() if each.name not in titles]
+    return Comparison([first, *others, merge, *targets], config.test, retarget, left_out)
 
 
 def give_scores(contender: Contender, scored: SealedRow) -> SealedRow:

@@ -1,14 +1,15 @@
 """Write a comparison as Markdown."""
 
-from optimer_hf.comparison.result import Comparison, table, verdicts
+from optimer_hf.comparison.result import Comparison, say_left_out, table, verdicts
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Return the table and the verdicts as Markdown."""
+    """Return the table, the verdicts and what was left out as Markdown."""
     header, lines = table(comparison)
-    notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
+    sentences = [*verdicts(comparison), *say_left_out(comparison)]
+    notes = "\n".join(f"* {sentence}" for sentence in sentences)
     own = " The last column is the study's own objective, even for re-targeted merges."
     unit = Unit.of(comparison.objective)
     mean = f" The objective is a mean in {unit.name}; larger gains are better."

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from optimer_hf.comparison.result import Comparison
+from optimer_hf.comparison.result import Comparison, say_left_out
 from optimer_hf.comparison.rows import SealedRow
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.formatting import Unit
@@ -145,6 +145,8 @@ def _notes(evidence: Evidence) -> Iterator[str]:
         yield "The search is not finished."
     if comparison is not None and comparison.merge.chosen_after_seal:
         yield "The merge was chosen after the seal was opened."
+    if comparison is not None:
+        yield from say_left_out(comparison)
 
 
 # -- bars ------------------------------------------------------------------------------------------

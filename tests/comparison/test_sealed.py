@@ -14,7 +14,9 @@ from optimer_hf.comparison.rows import list_rows, title_of
 from optimer_hf.comparison.sealed import compare, list_own_contenders
 from optimer_hf.comparison.sealed_file import SealedLog, read_comparison
 from optimer_hf.comparison.tables import to_markdown
-from optimer_hf.errors import ConfigError, EvaluationError, StudyError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
+from optimer_hf.report.answer import answer_of
+from optimer_hf.report.evidence import read_evidence
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.prediction import best_scale, predict, reweight
@@ -166,9 +168,47 @@ def test_a_baseline_that_cannot_be_scored_is_left_out_and_tried_again(study, poo
     rows = [(row.kind, row.subject) for row in comparison.rows]
     assert ("alone", "z") not in rows and {("alone", "y"), ("sum", ""), ("merge", "")} <= {*rows}
     assert "sealed test: z at 1.0 is left out: " in caplog.text
-    assert results_of(comparison) and read_comparison(study).merge == comparison.merge
-    assert compare(study, pool=CountingPool).row("alone", "z")
-    assert len(CountingPool.opened[0].calls) == 1
+    assert read_comparison(study).left_out == comparison.left_out
+    (left_out,) = results_of(comparison).left_out
+    assert (left_out.kind, left_out.subject, left_out.name) == ("alone", "z", "z at 1.0")
+    sentence = f"Left out: z at 1.0, because {left_out.reason}."
+    assert left_out.reason.startswith("it cannot be scored (")
+    assert f"\n* {sentence}\n" in to_markdown(comparison)
+    assert sentence in answer_of(read_evidence(study)).notes
+    again = compare(study, pool=CountingPool)
+    assert again.row("alone", "z") and len(CountingPool.opened[0].calls) == 1
+    assert again.left_out == read_comparison(study).left_out == []
+    assert "left_out" not in results_of(again).model_dump() and "Left" not in to_markdown(again)
+
+
+class UnfitPool(FunctionPool):
+    """Cannot be opened with a model of another shape, or with one that its code refuses."""
+
+    def __init__(self, config):
+        if "you/unfit" in config.sources.values():
+            raise ModelError("vector 'unfit': another shape")
+        if "you/broken" in config.sources.values():
+            raise KeyError("layers")
+        super().__init__(config)
+
+
+def test_a_model_that_cannot_be_built_is_left_out(tmp_path):
+    models = {name: f"you/{name}" for name in ("unfit", "broken", "fit")}
+    config = with_test(baselines={"models": models, "searches": {}})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    comparison = compare(study, pool=UnfitPool)
+    assert [row.subject for row in comparison.rows if row.kind == "model"] == ["fit"]
+    assert {each.name: each.reason for each in comparison.left_out} == {
+        "unfit": "it cannot be built (ModelError: vector 'unfit': another shape)",
+        "broken": "it cannot be built (KeyError: 'layers')",
+    }
+
+
+def test_a_trained_mixture_that_cannot_be_built_ends_the_sealed_test(tmp_path):
+    baselines = {"mixtures": {"unfit": {"shares": "uniform"}}}
+    study = search(with_test(baselines=baselines), tmp_path / "s", runner=InProcess(FunctionPool))
+    with pytest.raises(EvaluationError, match="row 'mixture: unfit' cannot be built: ModelError"):
+        compare(study, mixtures={"unfit": "you/unfit"}, pool=UnfitPool)
 
 
 def test_a_merge_that_cannot_be_scored_ends_the_sealed_test(study):
