@@ -69,6 +69,9 @@ OWN_NAME = re.compile(  # the name of the adapter in a tensor's name; PEFT's fil
     r"\.(?:lora_(?:embedding_)?[AB]|modules_to_save)\.(?!(?:weight|bias)$)([^.]+)"
     r"(?:\.(?:weight|bias))?$|\.(default)(?:\.(?:weight|bias))?$"
 )
+OF_PEFT = re.compile(  # a part of a tensor name that no model has
+    r"^base_model\.model\.|\.(?:lora_|token_adapter\.|modules_to_save\.)"
+)
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
 PREFIX = "base_model.model."
 LAYERS_SHOWN = 12
@@ -243,18 +246,18 @@ def open_adapter(path: Path, where: str) -> Checkpoint:
         any((path / f"{prefix}{end}").exists() for end in (".safetensors", INDEX))
         for prefix in ("model", "adapter_model")
     )
-    if has_model and not has_adapter:
+    stored = Checkpoint(path, "adapter_model")
+    if has_model and not has_adapter and not any(map(OF_PEFT.search, stored.names)):
         raise ModelError(
             f"{where}: has an adapter_config.json, but the weights of a whole model and none of an "
             "adapter. If the model is meant, take adapter_config.json out of its directory."
         )
-    if has_model:
+    if has_model and has_adapter:
         warn_once(
             logger,
             f"{where}: has the weights of an adapter and of a whole model. The adapter is read; if "
             "the model is meant, take the files of the adapter out of its directory.",
         )
-    stored = Checkpoint(path, "adapter_model")
     if not stored.names:
         raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
     for name in stored.names:

@@ -377,6 +377,17 @@ def test_an_adapter_beside_a_whole_model_is_never_mistaken_for_it(
         open_vector("it", str(both), base)
 
 
+def test_an_adapter_whose_file_is_named_like_that_of_a_model_is_read(
+    base, adapter, tmp_path, caplog
+):
+    copy = tmp_path / "renamed"
+    shutil.copytree(adapter, copy)
+    (copy / "adapter_model.safetensors").rename(copy / "model.safetensors")
+    found, expected = (open_vector("ja", str(path), base) for path in (copy, adapter))
+    assert found.kind == "adapter" and found.names == expected.names
+    assert not caplog.records
+
+
 def test_another_width_is_not_taken_for_another_vocabulary(base, save_model):
     from transformers import LlamaConfig, LlamaForCausalLM
 
