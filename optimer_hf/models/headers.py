@@ -1,11 +1,17 @@
 """Shapes of stored tensors, from the headers of safetensors files alone, without any library."""
 
 import json
+import re
 from pathlib import Path
 
 from optimer_hf.errors import OptimerError
 from optimer_hf.models.layout import INDEX, find_weights_files, read_index
 
+BUFFERS = re.compile(  # computed when a model is built; older programs saved them
+    r"(^|\.)((rotary_emb|rotary|rotary_pos_emb)\.\w+|(\w+_)?inv_freq|position_ids|masked_bias"
+    r"|(attn|attention|self_attn|self_attention|crossattention)\.bias|cos_cached|sin_cached"
+    r"|_extra_state)$"
+)
 LARGEST_HEADER = 10**8  # bytes, as in safetensors
 
 Shapes = dict[str, tuple[int, ...]]

@@ -18,14 +18,10 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.headers import BUFFERS
 from optimer_hf.models.loader import text_model_without_weights, whole_model_without_weights
 from optimer_hf.models.stored import stored_views
 
-BUFFERS = re.compile(  # computed when a model is built; older programs saved them
-    r"(^|\.)((rotary_emb|rotary|rotary_pos_emb)\.\w+|(\w+_)?inv_freq|position_ids|masked_bias"
-    r"|(attn|attention|self_attn|self_attention|crossattention)\.bias|cos_cached|sin_cached"
-    r"|_extra_state)$"
-)
 BESIDE_MODEL = re.compile(r"^(model\.)?(mtp|v_head)\.")  # multi-token prediction; PPO's value head
 N_NAMES_SHOWN = 3
 

@@ -34,6 +34,7 @@ from optimer_hf.vectors.forms import OnCopy
 from optimer_hf.vectors.int8 import SCALES, n_blocks
 from optimer_hf.vectors.lora import changed_copy_error, empty_tensor_error, read_adapter
 from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
+from optimer_hf.vectors.shapes import quantization_in
 from optimer_hf.vectors.vector import (
     AdapterVector,
     CheckpointVector,
@@ -53,8 +54,6 @@ OTHER_TOKENS = (
     "The vocabularies differ: the fine-tune added, removed or moved tokens. In a study or recipe, "
     "`vocabulary: union` matches rows by token; in a mergekit config, `tokenizer:` does."
 )
-
-QUANTIZATION = "quantization_config"
 
 States = tuple[tuple[str, tuple[int, int]], ...]  # `weight_states`, hashable
 
@@ -437,9 +436,7 @@ def _quantization_of(path: Path) -> str:
     """
     file = path / "config.json"
     settings = read_settings(file) if file.exists() else {}
-    text = settings.get("text_config")
-    parts = (settings, text if isinstance(text, dict) else {})
-    config = next((part[QUANTIZATION] for part in parts if part.get(QUANTIZATION)), None)
+    config = quantization_in(settings)
     return str(config.get("quant_method") if isinstance(config, dict) else config or "")[:80]
 
 

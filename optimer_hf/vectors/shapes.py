@@ -4,13 +4,15 @@ library is imported. `opening.py` checks everything, when the vectors are opened
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.files.reading import read_json
-from optimer_hf.models.headers import Shapes, read_shapes
+from optimer_hf.models.headers import BUFFERS, Shapes, read_shapes
 from optimer_hf.models.layout import ADAPTER_CONFIG, VECTOR_FILE
 from optimer_hf.vectors.groups import OF_LAYER
 
+QUANTIZATION = "quantization_config"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -34,15 +36,25 @@ def refuse_other_shapes(base: str, sources: Mapping[str, str]) -> None:
 def _is_quantised(path: Path) -> bool:
     """Whether tensors are stored in another form, in which their shapes are others."""
     try:
-        return bool(read_json(path / "config.json").get("quantization_config"))
+        return bool(quantization_in(read_json(path / "config.json")))
     except (OptimerError, OSError):
         return True
+
+
+def quantization_in(settings: Mapping[str, Any]) -> Any:
+    """Return the quantization_config in the settings of a model or of its language part, or None if
+    there is none.
+    """
+    text = settings.get("text_config")
+    parts = (settings, text if isinstance(text, dict) else {})
+    return next((part[QUANTIZATION] for part in parts if part.get(QUANTIZATION)), None)
 
 
 def _refuse_tensors(name: str, path: Path, base: Shapes) -> None:
     for tensor, shape in sorted(read_shapes(path).items()):
         known = base.get(tensor, shape)
-        if OF_LAYER.match(tensor) and 0 not in shape and sorted(shape) != sorted(known):
+        is_compared = OF_LAYER.match(tensor) and not BUFFERS.search(tensor) and 0 not in shape
+        if is_compared and sorted(shape) != sorted(known):
             raise _other_shape(name, tensor, shape, known)
 
 

@@ -51,7 +51,7 @@ def test_what_opens_passes_and_what_headers_cannot_tell_is_left_to_opening(
     base, tuned, adapter, tmp_path, other
 ):
     extract(open_vector("v", str(tuned), base), base, tmp_path / "delta", dtype="int8")
-    damaged, quantised = tmp_path / "damaged", tmp_path / "quantised"
+    damaged, quantised, in_part = (tmp_path / name for name in ("damaged", "quantised", "in_part"))
     for copy in (damaged, quantised):
         shutil.copytree(tuned, copy)
     (damaged / "model.safetensors").write_bytes(b"\xff" * 20)
@@ -62,7 +62,10 @@ def test_what_opens_passes_and_what_headers_cannot_tell_is_left_to_opening(
     stored = load_file(quantised / "model.safetensors")
     halves = {k: v[: len(v) // 2].contiguous() for k, v in stored.items()}
     save_file(halves, quantised / "model.safetensors")
-    sources = [tuned, adapter, tmp_path / "delta", damaged, rows, quantised, "you/model"]
+    shutil.copytree(quantised, in_part)
+    config["text_config"] = {"quantization_config": config.pop("quantization_config")}
+    (in_part / "config.json").write_text(json.dumps(config))
+    sources = [tuned, adapter, tmp_path / "delta", damaged, rows, quantised, in_part, "you/model"]
     refuse_other_shapes(str(base.path), {str(n): str(each) for n, each in enumerate(sources)})
     refuse_other_shapes("google/base", {"v": str(adapter)})
 
@@ -86,6 +89,16 @@ def test_a_stale_index_and_tensors_that_were_not_gathered_are_left_to_opening(
     open_vector("stale", str(stale), base)
     with pytest.raises(ModelError, match="is empty"):
         open_vector("emptied", str(emptied), base)
+
+
+def test_buffers_that_grow_with_the_context_are_left_to_opening(base, tuned, tmp_path):
+    def with_mask(size):
+        name = "model.layers.0.attention.bias"  # as GPT-NeoX stored it
+        return lambda tensors: tensors.update({name: torch.ones(1, 1, size, size).bool()})
+
+    short = edit_weights(base.path, tmp_path / "short", with_mask(4))
+    long = edit_weights(tuned, tmp_path / "long", with_mask(8))
+    refuse_other_shapes(str(short), {"long": str(long)})
 
 
 def test_headers_have_the_shapes_that_safetensors_reads(base):
