@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,22 +93,34 @@ def warn_of_norm(name: str, norm: float, relative: float) -> None:
 
 def warn_of_norms(vectors: Sequence[DistributionVector], base: Tensors) -> None:
     """Warn of vectors as `warn_of_norm` does, judging each by N_SAMPLED pieces that are spread over
-    its tensors, so only of one that is at least twice as large there. One that is zero there is
-    read whole.
+    its matrices, so only of one that is at least twice as large there. One that is zero there is
+    read on until a number is not.
     """
     for vector in vectors:
-        names = sorted(vector.names)
+        matrices = sorted(name for name in vector.names if len(base.shape(name)) > 1)
+        others = sorted(vector.names.difference(matrices))
+        names = matrices or others
         step = -(-len(names) // N_SAMPLED) or 1
         squares = base_squares = 0.0
         for name in names[::step]:
-            delta, base_rows = next(delta_blocks(vector, base, name))
-            squares += _sum_of_squares(delta)
-            base_squares += _sum_of_squares(base_rows)
+            for delta, base_rows in islice(delta_blocks(vector, base, name), 1):
+                squares += _sum_of_squares(delta)
+                base_squares += _sum_of_squares(base_rows)
         if squares == 0:
-            measure_norms(vector, base)
+            if _is_zero(vector, base, matrices + others):
+                warn_of_norm(vector.name, 0.0, 0.0)
         elif math.isfinite(squares) and math.isfinite(base_squares):
             relative = math.sqrt(squares / max(base_squares, 1e-30))
             warn_of_norm(vector.name, math.sqrt(squares), relative if relative > 2 else 0.0)
+
+
+def _is_zero(vector: DistributionVector, base: Tensors, names: Sequence[str]) -> bool:
+    """Whether a vector moves none of some tensors. The first piece of each is read before the rest,
+    since whole tensors can be frozen.
+    """
+    first = (islice(delta_blocks(vector, base, name), 1) for name in names)
+    rest = (islice(delta_blocks(vector, base, name), 1, None) for name in names)
+    return not any(delta.any() for blocks in (*first, *rest) for delta, _ in blocks)
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:

@@ -8,9 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.models import blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import weight_digests
-from optimer_hf.vectors.delta import extract, measure_norms, write_record
+from optimer_hf.vectors import delta as delta_module
+from optimer_hf.vectors.delta import (
+    N_SAMPLED,
+    delta_blocks,
+    extract,
+    measure_norms,
+    warn_of_norms,
+    write_record,
+)
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
 from optimer_hf.vectors.training_record import TRAINING_FILE
@@ -82,6 +91,32 @@ def test_a_vector_that_moves_nothing_is_said(base, caplog):
     vector = open_vector("math", str(base.path), base)
     assert measure_norms(vector, Checkpoint(base.path)) == (0, 0)
     assert "vector math: it is zero and moves nothing" in caplog.text
+
+
+@pytest.mark.parametrize("moved", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", ""])
+def test_a_mostly_frozen_vector_is_read_until_a_number_has_moved(
+    base, tmp_path, monkeypatch, caplog, moved
+):
+    def move(tensors):
+        if moved:
+            tensors[moved] = tensors[moved] + 1
+
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 32)  # one row each
+    read = []
+
+    def counted(vector, base, name):
+        for block in delta_blocks(vector, base, name):
+            read.append(name)
+            yield block
+
+    monkeypatch.setattr(delta_module, "delta_blocks", counted)
+    path = edit_weights(base.path, tmp_path / "frozen", move)
+    stored = Checkpoint(base.path)
+    vector = open_vector(f"frozen {moved}", str(path), base)
+    warn_of_norms([vector], stored)
+    assert len(read) <= N_SAMPLED + len(vector.names) if moved else len(read) > 500
+    assert all(len(stored.shape(name)) > 1 for name in read[:N_SAMPLED])
+    assert ["it is zero" in message for message in caplog.messages] == [True] * (not moved)
 
 
 def test_the_record_of_a_vector_repeats_what_training_recorded(base, adapter, tmp_path):
