@@ -199,7 +199,8 @@ def check_fields(path: Path, kind: str) -> str:
     models of baselines.
 
     Raises ConfigError for mistakes in its fields that are found without a library that takes
-    seconds to import, and ModelError for vectors whose headers show that they do not fit the base.
+    seconds to import, and, if nothing is missing, for a mergekit YAML that cannot be searched, and
+    ModelError for vectors whose headers show that they do not fit the base.
     `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
     """
     from optimer_hf.merging.mergekit_models import list_absent_models
@@ -208,14 +209,16 @@ def check_fields(path: Path, kind: str) -> str:
 
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
         read_keys(path, known_keys())
-        if kind == "study":
+        missing = list_absent_models(read_yaml(path), path)
+        if kind == "study" and not missing:
             refuse_other_shapes(*pool_of(read_yaml(path), path))
-        return list_absent_models(read_yaml(path), path)
+        return missing
     config = _read_fields(path, kind)
-    if isinstance(config, StudyConfig):
+    missing = list_missing_inputs(path, config, baselines=False)
+    if isinstance(config, StudyConfig) and not missing:
         given = {n: str(v.source) for n, v in config.vectors.items() if v.source is not None}
         refuse_other_shapes(config.base_model, given)
-    return list_missing_inputs(path, config, baselines=False)
+    return missing
 
 
 def _read_fields(path: Path, kind: str) -> VersionedFile:

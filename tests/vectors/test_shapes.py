@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimer_hf.errors import ModelError
+from optimer_hf.experiment.checking import check_fields
 from optimer_hf.models.headers import read_shapes
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract
@@ -104,6 +105,18 @@ def test_buffers_that_grow_with_the_context_are_left_to_opening(base, tuned, tmp
 def test_headers_have_the_shapes_that_safetensors_reads(base):
     stored = load_file(base.path / "model.safetensors")
     assert read_shapes(base.path) == {name: tuple(t.shape) for name, t in stored.items()}
+
+
+def test_files_that_are_missing_are_named_before_the_width_of_a_vector(
+    base, other, make_adapter, tmp_path
+):
+    study, text = tmp_path / "study.yaml", tmp_path / "gone.jsonl"
+    fields = {"base_model": str(base.path), "vectors": {"w": str(make_adapter(other, 1))}}
+    study.write_text(json.dumps(fields | {"objective": {"terms": [{"text": str(text)}]}}))
+    assert "gone.jsonl: no such file or directory." in check_fields(study, "study")
+    text.touch()
+    with pytest.raises(ModelError, match=r"vector 'w'.* has shape \["):
+        check_fields(study, "study")
 
 
 def test_a_search_refuses_another_width_before_it_loads_a_library(
