@@ -94,12 +94,13 @@ def absolute_reference(text: str, folder: Path) -> str:
 
 
 def absolute_path(path: Path, folder: Path) -> Path:
-    """Return a path as seen from a folder, with all links followed but one to a file: its own name
-    says what is in it, while the target may have none, as in the cache of the Hub.
+    """Return a path as seen from a folder, with all links followed but one to a file whose name has
+    no ending, as in the cache of the Hub: the link's own name says what is in it.
     """
     whole = folder / expand_home(path)
     if os.path.islink(whole) and not os.path.isdir(whole):  # noqa: PTH112, PTH114 - never raise
-        return whole.parent.resolve() / whole.name
+        target = Path(os.path.realpath(whole))
+        return target if target.suffix else whole.parent.resolve() / whole.name
     return whole.resolve()
 
 
@@ -233,11 +234,12 @@ RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as
 
 
 def _local_text(text: str, info: ValidationInfo) -> str:
-    is_local = text.startswith((".", "/", "~"))
-    return str(_local_path(Path(text), info)) if is_local else text
+    if not text.startswith((".", "/", "~")):
+        return text
+    return _note_path(info, text, str((_folder(info) / expand_home(Path(text))).resolve()))
 
 
-LocalText = Annotated[  # a path if it looks like one
+LocalText = Annotated[  # a path if it looks like one; its name says nothing about its format
     str, AfterValidator(_local_text), WRITTEN_RELATIVE
 ]
 

@@ -35,7 +35,7 @@ def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
     assert absolute_reference("vectors/ja", tmp_path) == str((tmp_path / "vectors/ja").resolve())
 
 
-def test_links_are_followed_but_a_link_to_a_file_keeps_its_name(tmp_path):
+def test_links_are_followed_but_one_to_a_file_without_an_ending_keeps_its_name(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "0123").touch()
     (tmp_path / "newest").symlink_to("model")
@@ -43,6 +43,11 @@ def test_links_are_followed_but_a_link_to_a_file_keeps_its_name(tmp_path):
     root = tmp_path.resolve()
     assert absolute_reference("./newest", tmp_path) == str(root / "model")
     assert absolute_reference("newest/model.gguf", tmp_path) == str(root / "model" / "model.gguf")
+    (tmp_path / "model" / "v3.gguf").touch()
+    (tmp_path / "best.gguf").symlink_to("newest/v3.gguf")
+    assert absolute_reference("./best.gguf", tmp_path) == str(root / "model" / "v3.gguf")
+    (tmp_path / "loop.gguf").symlink_to("loop.gguf")
+    assert absolute_reference("./loop.gguf", tmp_path) == str(root / "loop.gguf")
 
 
 def test_an_unknown_home_and_a_name_that_is_too_long_are_names_like_any_other(tmp_path):

@@ -41,6 +41,20 @@ def test_a_path_object_is_local_even_if_it_looks_like_a_name_on_the_hub(tmp_path
     assert config.vectors["w"].source == os.fspath(tmp_path / "a" / "w")
 
 
+def test_a_link_to_a_text_stands_for_the_text_in_what_a_study_is_known_by(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "search-v3.jsonl").touch()
+    (tmp_path / "search.jsonl").symlink_to("store/search-v3.jsonl")
+
+    def study(text):
+        fields = {"base_model": "a/base", "vectors": {"w": "a/w"}}
+        return StudyConfig(**fields, objective={"terms": [{"text": tmp_path / text}]})
+
+    linked, real = study("search.jsonl"), study("store/search-v3.jsonl")
+    assert linked.identity == real.identity
+    assert [each.objective.terms[0].label for each in (linked, real)] == ["search-v3"] * 2
+
+
 def test_a_tool_that_the_trainer_does_not_report_to_is_refused_when_the_file_is_read(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(

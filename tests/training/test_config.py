@@ -16,3 +16,21 @@ def test_a_mixture_needs_shares_that_sum_to_one_and_a_budget(tmp_path):
         config([0.5, 0.5])
     with pytest.raises(ValueError, match="exactly one of 'corpus' and 'mixture'"):
         TrainConfig(name="m", base_model="a/b")
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [
+        ("corpus-v3.jsonl", lambda file: {"path": file}),
+        ("corpus-v3.jsonl", lambda file: {"dataset": "json", "data_files": str(file)}),
+        ("0123", lambda file: {"dataset": "json", "data_files": [str(file)]}),
+    ],
+)
+def test_a_link_to_a_corpus_does_not_change_the_digest_of_a_training(tmp_path, target, source):
+    (tmp_path / target).touch()
+    (tmp_path / "corpus.jsonl").symlink_to(target)
+    digests = {
+        TrainConfig(name="x", base_model="a/b", corpus=source(tmp_path / name)).digest()
+        for name in (target, "corpus.jsonl")
+    }
+    assert len(digests) == 1
