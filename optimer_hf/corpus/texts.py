@@ -70,12 +70,13 @@ def fingerprint_texts(path: Path) -> str | None:
 
 def fingerprint_named(paths: Iterable[Path]) -> str | None:
     """Return a digest of all files that paths name: themselves, those below a folder, those that
-    match a pattern. None if there are none.
+    match a pattern. None if there are none. Hidden files below a folder, such as those of git, and
+    texts about the corpus do not count.
     """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += path.rglob("*")
+            files += _drop_about(list(_walk(path)))
         else:
             files += match_pattern(path) or [path]
     there = sorted({file for file in files if file.is_file()})
@@ -129,10 +130,10 @@ def _find_shards(folder: Path) -> list[Path]:
         return _files_of_saved_split(folder)
     by_format: dict[str, list[Path]] = {}
     for file in _walk(folder):
-        kind = str(_format(file))
-        by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
-    plain = by_format.pop("text", [])
-    plain = [file for file in plain if not ABOUT.match(file.name)] or plain
+        kind = _format(file)
+        if kind is not None and _is_file(file):
+            by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
+    plain = _drop_about(by_format.pop("text", []))
     if not by_format and not plain:
         raise CorpusError(
             f"{folder}: found no shards in this folder. Expected files that end in "
@@ -150,7 +151,7 @@ def _find_shards(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files of known formats below a folder, entering each linked folder once."""
+    """Yield the files below a folder that are not hidden, entering each linked folder once."""
     entered: set[Path] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if Path(parent).resolve() in entered:
@@ -158,8 +159,12 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         entered.add(Path(parent).resolve())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (Path(parent) / name for name in sorted(names) if not name.startswith("."))
-        yield from (file for file in files if _format(file) is not None and _is_file(file))
+        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _drop_about(files: list[Path]) -> list[Path]:
+    """Drop texts about a corpus, unless there is nothing else."""
+    return [file for file in files if not ABOUT.match(file.name)] or files
 
 
 def _is_file(file: Path) -> bool:

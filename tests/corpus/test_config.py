@@ -55,5 +55,16 @@ def test_other_text_in_a_local_data_set_changes_its_fingerprint(tmp_path, monkey
     assert len(digests) == 2 and None not in digests
 
 
+def test_hidden_files_and_texts_about_a_data_set_do_not_change_its_fingerprint(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.jsonl").write_text("{}")
+    config = CorpusConfig(dataset=str(tmp_path))
+    before = config.fingerprint()
+    for name in (".git/index", "deep/.cache/b.jsonl", ".DS_Store", "README.md", "deep/LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert config.fingerprint() == before is not None
+
+
 def test_a_data_set_on_the_hub_has_no_fingerprint():
     assert CorpusConfig(dataset="org/name", data_files="data/*.parquet").fingerprint() is None
