@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
@@ -47,7 +53,11 @@ TASK_FIELDS = (  # of lm-eval that say how items are prompted and scored
 SplitBy = Literal["document", "prompt"]
 Portion = Annotated[float, Field(ge=0, le=1)]
 SHARED = (  # fields that a constraint takes from the term of its name
-    *("metric", "higher_is_better", "limit", "num_fewshot", "generation", "hash_range"),
+    "higher_is_better",
+    "limit",
+    "num_fewshot",
+    "generation",
+    "hash_range",
     "rescore_only",
 )
 NOT_FOR_FUNCTIONS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
@@ -256,6 +266,8 @@ def _differing_field(constraint: Term, term: Term) -> str | None:
     """
     if constraint.task_name != term.task_name:
         return "task"
+    if constraint.metric != term.metric:
+        return "metric"
     changed = constraint.model_dump(exclude_defaults=True).keys()
     unlike = (name for name in SHARED if getattr(constraint, name) != getattr(term, name))
     return next((name for name in unlike if name in changed), None)
@@ -301,6 +313,20 @@ class Objective(FileModel):
     it makes of the row is hashed. prompt: the prompt and its answer, as in studies from before this
     field, which keep it; a row that two tasks share may then be in both parts, with a warning.
     """
+
+    @field_validator("constraints")
+    @classmethod
+    def _fill_metrics(cls, constraints: list[Constraint], info: ValidationInfo) -> list[Constraint]:
+        """Give a constraint that names no metric that of the term of its name. Done here, while it
+        is known what was named: a record names every field.
+        """
+        metrics = {term.label: term.metric for term in info.data.get("terms", ())}
+        return [
+            each
+            if "metric" in each.model_fields_set or metrics.get(each.label) in (None, each.metric)
+            else each.model_copy(update={"metric": metrics[each.label]})
+            for each in constraints
+        ]
 
     @model_serializer(mode="wrap")
     def _without_idle_split(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

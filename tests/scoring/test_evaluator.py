@@ -436,8 +436,17 @@ def test_a_constraint_about_a_term_asks_as_the_term_does(field, value):
         objective_of(limited).terms[0]
     ]
     assert objective_of(limited, constraints=[limited | bound])
-    without_metric = {"task": "a"} | bound
-    assert objective_of(limited, constraints=[without_metric]).scored_terms[0].metric == "acc"
+
+
+def test_a_constraint_that_names_no_metric_has_that_of_its_term():
+    term, bound = {"task": "a", "metric": "acc"}, {"task": "a", "max_relative_to_base": 0.1}
+    objective = objective_of(term, constraints=[bound])
+    assert objective.constraints[0].metric == "acc"
+    assert objective == objective_of(term, constraints=[bound | {"metric": "acc"}])
+    assert objective == Objective.model_validate(objective.model_dump())
+    for metric in ("bits_per_byte", "acc_norm"):  # the first is the default
+        with pytest.raises(ValidationError, match="'a' has the name of a term with another metric"):
+            objective_of(term, constraints=[bound | {"metric": metric}])
 
 
 def test_a_constraint_about_a_function_has_the_direction_of_its_term():
