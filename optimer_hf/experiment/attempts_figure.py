@@ -53,19 +53,22 @@ def draw_attempts(rows: Sequence[SeededRow], config: StudyConfig) -> "Figure":
     return figure
 
 
-def _list_curves(
-    rows: Sequence[SeededRow], config: StudyConfig
-) -> Iterator[tuple[Curve, str, str]]:
-    """Yield the best of R attempts by R, with a marker and a name. A uniform mixture in the pool
-    that has the tokens of all vectors is one attempt.
-    """
-    kinds: dict[RowKind, RowKind] = {"attempts": "alone", "scaled_attempts": "best_scale"}
-    names = ("best of R mixtures", "at its best scale")
-    pool = [
+def list_single_attempts(config: StudyConfig) -> list[str]:
+    """Return the uniform mixtures in the pool that have the tokens of all vectors: one attempt."""
+    return [
         name
         for name, shares in config.mixtures.items()
         if len(set(shares.values())) == 1 and config.vectors[name].budget == "all"
     ]
+
+
+def _list_curves(
+    rows: Sequence[SeededRow], config: StudyConfig
+) -> Iterator[tuple[Curve, str, str]]:
+    """Yield the best of R attempts by R, with a marker and a name."""
+    kinds: dict[RowKind, RowKind] = {"attempts": "alone", "scaled_attempts": "best_scale"}
+    names = ("best of R mixtures", "at its best scale")
+    pool = list_single_attempts(config)
     for (kind, of_pool), marker, name in zip(kinds.items(), "os", names, strict=True):
         curve = {int(row.subject): row for row in rows if row.kind == kind}
         for row in rows:

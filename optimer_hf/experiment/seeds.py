@@ -19,7 +19,7 @@ from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
 from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.attempts_figure import write_attempts_figure
+from optimer_hf.experiment.attempts_figure import list_single_attempts, write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.marks import DONE_FILE
 from optimer_hf.experiment.run import (
@@ -59,6 +59,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         correlations = [each for each in known if each is not None]
         spread = Spread(values=correlations) if correlations else None
         text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
+        text += attempts_to_markdown(rows, list_single_attempts(config), unit)
         text += describe_correlation(spread, len(runs)) + _notes(run, results, rows)
         if any(row.kind in OF_ATTEMPTS for row in rows):
             write_attempts_figure(rows, config, run.out / ATTEMPTS_FIGURE)
@@ -195,6 +196,28 @@ def terms_to_markdown(rows: Sequence[SeededRow]) -> str:
     return (
         "\nThe gain over the base on every term (losses relative, accuracies in points): the mean "
         f"with its 95 % interval over the seeds.\n\n{markdown_table(['row', *labels], numbers)}"
+    )
+
+
+def attempts_to_markdown(
+    rows: Sequence[SeededRow], single_attempts: Sequence[str], unit: Unit
+) -> str:
+    """Return the table of the searched merges minus the best of R mixtures at equal cost, with
+    their intervals over the seeds; nothing without such mixtures. `single_attempts` are vectors of
+    the pool that are one attempt.
+    """
+    if not any(row.kind == "attempts" for row in rows):
+        return ""
+    tried = [row for row in rows if row.kind == "alone" and row.subject in single_attempts]
+    tried += [row for row in rows if row.kind == "attempts"]
+    numbers = [
+        [row.name, *(_show(row.gain.minus(other.gain), unit) for other in tried)]
+        for row in rows
+        if row.kind in ("merge", "other_search")
+    ]
+    return (
+        "\nThe searched merges minus mixtures at equal cost: the mean with its 95 % interval over "
+        f"the seeds.\n\n{markdown_table(['row', *(row.name for row in tried)], numbers)}"
     )
 
 

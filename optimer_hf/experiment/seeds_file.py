@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, computed_field, model_validator
 
@@ -39,6 +39,11 @@ class Spread(FileModel):
             return None
         half = float(t.ppf(0.975, n - 1)) * statistics.stdev(self.values) / math.sqrt(n)
         return self.mean - half, self.mean + half
+
+    def minus(self, other: Self) -> Self:
+        """Return the difference under each seed."""
+        pairs = zip(self.values, other.values, strict=True)
+        return type(self)(values=[mine - others for mine, others in pairs])
 
 
 class SeededRow(FileModel):

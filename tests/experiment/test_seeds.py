@@ -10,6 +10,7 @@ import yaml
 from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import read_results
 from optimer_hf.experiment.seeds import (
+    attempts_to_markdown,
     describe_correlation,
     join_rows,
     terms_to_markdown,
@@ -81,6 +82,31 @@ def test_gains_by_term_and_the_rank_correlation_have_intervals_over_the_seeds():
     text = describe_correlation(Spread(values=[0.5, 0.7]), 2)
     assert "mean 0.60 [-0.67, 1.00] over the seeds (0.50, 0.70)" in text
     assert describe_correlation(None, 2) == ""
+
+
+def test_searched_merges_are_compared_with_attempts_under_the_same_seed():
+    def gains(kind: str, subject: str, *values: float) -> SeededRow:
+        spread = Spread(values=values)
+        return SeededRow(
+            kind=kind, subject=subject, chosen_after_seal=False, gain=spread, merge_minus=spread
+        )
+
+    rows = [
+        gains("base", "", 0.0, 0.0),
+        gains("alone", "x", 0.5, 0.5),
+        gains("alone", "mix", 0.25, 0.125),
+        gains("other_search", "without mix", 0.5, 0.5),
+        gains("attempts", "4", 0.375, 0.125),
+        gains("merge", "", 0.5, 0.25),
+    ]
+    table = attempts_to_markdown(rows, ["mix"], Unit(100.0, "in percent")).splitlines()
+    assert table[3] == "| row | mix at 1.0 | best of 4 data mixtures at equal cost |"
+    half = 12.7062 * 0.0625  # Student's t with one degree of freedom
+    ends = f"[{(0.3125 - half) * 100:+.2f} %, {(0.3125 + half) * 100:+.2f} %]"
+    assert table[5].startswith(f"| without mix | +31.25 % {ends} | +25.00 % [")
+    assert table[6].startswith("| searched merge | +18.75 % [")
+    assert len(table) == 7
+    assert attempts_to_markdown([*rows[:4], rows[5]], ["mix"], Unit(100.0, "in percent")) == ""
 
 
 @pytest.mark.slow
