@@ -19,7 +19,7 @@ from optimer_hf.models.checkpoint import DTYPES, Checkpoint, LoadedTensors
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
-from optimer_hf.models.names import ClassNames, keeps_wide, summarize_names, views_in
+from optimer_hf.models.names import ClassNames, kept_wide, summarize_names, views_in
 from optimer_hf.models.placement import Placement, live_state
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.printable import warn_once
@@ -139,9 +139,9 @@ def _load_rounded(
     if placement is None:
         model = model.to(device)
     if held_in != dtype:
-        is_kept = keeps_wide(model, dtype)
+        kept = kept_wide(model, dtype)
         for name, tensor in live_state(model).items():
-            if tensor.is_floating_point() and not is_kept(name):
+            if tensor.is_floating_point() and name not in kept:
                 tensor.copy_(tensor.to(dtype))
     return model
 

@@ -7,9 +7,10 @@ they mean, using the rules by which transformers loads a file. Only headers are 
 equal on both sides need no class.
 """
 
+import copy
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,23 +257,26 @@ def names_kept_wide(base: Checkpoint, dtype: torch.dtype) -> frozenset[str]:
         base_class = base_class_of(base.path)
     except ModelError:
         return frozenset()
-    is_kept = keeps_wide(base_class.whole.model, dtype)
-    return frozenset(
-        name for name, key in base_class.keys(base.names).items() if is_kept(key.parameter)
-    )
+    kept = kept_wide(base_class.whole.model, dtype)
+    keys = base_class.keys(base.names) if kept else {}
+    return frozenset(name for name, key in keys.items() if key.parameter in kept)
 
 
-def keeps_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return whether transformers keeps a parameter of a model in float32 when it loads the model
-    in `dtype`, as a function of the parameter's name.
+def kept_wide(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Return the tensors of a model that are in float32 when transformers loads it in `dtype`: by
+    the plan of its class, or because the class creates them so.
     """
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return lambda name: False
-    pattern, _, _ = build_glob_alternation(list(plan))
-    return lambda name: pattern.search(name) is not None
+    pattern = build_glob_alternation(list(plan))[0] if plan else None
+    with torch.device("meta"):
+        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    return frozenset(
+        name
+        for name, tensor in twin.state_dict().items()
+        if tensor.dtype == torch.float32 or (pattern is not None and pattern.search(name))
+    )
 
 
 # -- two files -------------------------------------------------------------------------------------

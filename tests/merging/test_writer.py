@@ -438,6 +438,14 @@ WIDE_PARTS = {  # class, its config, the dtype, and what transformers keeps in f
         "float16",
         "norm",
     ),
+    "router of HunYuan": (
+        "HunYuanMoEV1ForCausalLM",
+        lambda: transformers.HunYuanMoEV1Config(
+            **GROUPED, head_dim=8, num_experts=3, moe_topk=2, moe_intermediate_size=16
+        ),
+        "bfloat16",
+        "mlp.gate.wg.weight",
+    ),
 }
 
 
