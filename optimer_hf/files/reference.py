@@ -89,8 +89,8 @@ def absolute_reference(text: str, folder: Path) -> str:
         return text
     name = text.partition("@")[0]  # a revision may contain slashes: org/name@refs/pr/1
     looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
-    path = absolute_path(Path(text), folder)
-    return str(path) if looks_local or is_there(path) else text
+    is_local = looks_local or is_there(folder / expand_home(Path(text)))
+    return str(absolute_path(Path(text), folder)) if is_local else text
 
 
 def absolute_path(path: Path, folder: Path) -> Path:

@@ -54,6 +54,7 @@ def test_an_unknown_home_and_a_name_that_is_too_long_are_names_like_any_other(tm
     assert absolute_reference("~nobody-at-all/m", tmp_path) == str(tmp_path / "~nobody-at-all/m")
     assert Reference("~nobody-at-all/m").path is None
     assert absolute_reference(f"org/{'x' * 300}", tmp_path) == f"org/{'x' * 300}"
+    assert absolute_reference("org/na\0me", tmp_path) == "org/na\0me"
     example = Example(base_model="a/b", corpus="~nobody-at-all/x")
     assert example.corpus == Path("~nobody-at-all/x").resolve()
 
