@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,12 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, tokenizer_digests
 from optimer_hf.models.live import default_device, empty_model
 from optimer_hf.models.loader import read_tokenizer
-from optimer_hf.models.memory import collect_memory
+from optimer_hf.models.memory import collect_memory, lacks_memory
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.sharded import gather_adapter, is_sharded, write_gathered
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
+from optimer_hf.training.arguments import finds_batch_size
 from optimer_hf.training.checkpoints import (
     BLOCKS,
     CHECKPOINTS,
@@ -200,10 +201,29 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     if checkpoint is not None:
         logger.info("train %s: resuming from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _naming_found_batch_size(config, out, spent.speed):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         _save(config, base, packed, trainer, out, spent.cost + started.since())
     forget_deepspeed()
     state.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _naming_found_batch_size(config: TrainConfig, out: Path, found: Speed | None) -> Iterator[None]:
+    """Turn a lack of memory into an OutputError where a resumed run keeps the batch size that it
+    found before, perhaps on a larger device: its steps and its schedule count such batches.
+    """
+    try:
+        yield
+    except Exception as error:
+        if found is None or not finds_batch_size(config) or not lacks_memory(error):
+            raise
+        raise OutputError(
+            f"{out}: the batch size {found.batch_size}, which was found on "
+            f"{found.device or 'the CPU'} (per_device_train_batch_size: auto) and which the run "
+            "keeps, does not fit the memory here. Resume it on a device with as much memory, or "
+            "remove the directory to start again."
+        ) from error
 
 
 def _describe_tokens(config: TrainConfig, n_tokens: int) -> str:

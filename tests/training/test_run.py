@@ -735,6 +735,28 @@ def test_a_batch_size_that_was_found_stays_on_another_device(make_config, make_b
     assert trainer.speed.head == "blocked"
 
 
+def no_memory(*_, **__) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_found_batch_size_that_does_not_fit_on_resume_is_named(
+    make_config, tmp_path, monkeypatch
+):
+    found = {"per_device_train_batch_size": "auto", "save_strategy": "steps", "save_steps": 4}
+    config, out = make_config("llama", trainer=FAST | found), tmp_path / "out"
+    monkeypatch.setattr(run_module, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    monkeypatch.setattr(CapturedTrainer, "training_step", no_memory)
+    with pytest.raises(
+        OutputError,
+        match=r"out: the batch size 1, .*found on the CPU .*\. Resume it on a device",
+    ):
+        train(config, out)
+    assert names_in(out / "checkpoints") == {"checkpoint-4"}
+
+
 @pytest.mark.parametrize(("asked", "seconds"), [({}, 6 * 3600), ({"ddp_timeout": 60}, 60)])
 def test_processes_wait_as_long_as_packing_takes(
     make_config, tmp_path, monkeypatch, asked, seconds
