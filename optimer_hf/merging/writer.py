@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -205,8 +206,16 @@ def _explain_not_finite(
 
 def _set_config_dtype(path: Path, dtype: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
-        if part is config or {"dtype", "torch_dtype"} & part.keys():  # the language part, say
-            part.pop("torch_dtype", None)
-            part["dtype"] = dtype
+    config["dtype"] = dtype
+    _replace_dtypes(config, dtype)
     write_text(path, json.dumps(config, indent=2))
+
+
+def _replace_dtypes(config: dict[str, Any], dtype: str) -> None:
+    """Replace the dtype of a config, and of its parts (the language model, say) at any depth."""
+    if {"dtype", "torch_dtype"} & config.keys():
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    for name, part in config.items():
+        if isinstance(part, dict) and name.endswith("_config") and name != "quantization_config":
+            _replace_dtypes(part, dtype)

@@ -243,6 +243,24 @@ def test_the_parts_of_a_multimodal_model_are_said_to_have_the_output_dtype(save_
         assert cls.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
+def test_only_the_parts_of_a_config_get_the_output_dtype_at_any_depth(make_base, tmp_path):
+    shutil.copytree(make_base("llama").path, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    written = {"dtype": "bfloat16"}
+    deep = {"text_config": {"torch_dtype": "bfloat16"}, "quantization_config": written}
+    others = {"thinker_config": deep, "vision_config": {"depth": 1}, "notes": written}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | others))
+    base = ResolvedModel(tmp_path / "base", "base")
+    write_merged(base, [], {}, tmp_path / "out", out_dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32"
+    assert config["thinker_config"] == {
+        "text_config": {"dtype": "float32"},
+        "quantization_config": written,
+    }
+    assert (config["vision_config"], config["notes"]) == ({"depth": 1}, written)
+
+
 def test_a_merge_keeps_every_chat_template(make_base, tmp_path):
     source = make_base("llama")
     shutil.copytree(source.path, tmp_path / "base")
