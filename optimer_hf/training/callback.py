@@ -107,7 +107,7 @@ class RunCallback(TrainerCallback):
 
 def tokens_per_step(config: TrainConfig, args: TrainingArguments) -> int:
     """Return how many tokens one step of all processes together trains on."""
-    return _blocks_per_batch(args) * args.gradient_accumulation_steps * config.block_size
+    return int(_blocks_per_batch(args) * args.gradient_accumulation_steps * config.block_size)
 
 
 def count_blocks(args: TrainingArguments, n_steps: int, n_blocks: int) -> int:
@@ -118,7 +118,7 @@ def count_blocks(args: TrainingArguments, n_steps: int, n_blocks: int) -> int:
     `even_batches` is false (`accelerate.data_loader.BatchSamplerShard`).
     """
     in_batch = _blocks_per_batch(args)
-    in_step = in_batch * args.gradient_accumulation_steps
+    in_step: int = in_batch * args.gradient_accumulation_steps
     if args.dataloader_drop_last:
         in_epoch = n_blocks - n_blocks % in_batch
     elif args.world_size > 1 and args.accelerator_config.even_batches:
@@ -133,7 +133,7 @@ def _blocks_per_batch(args: TrainingArguments) -> int:
     """Return how many blocks all processes together take at once."""
     size: int = args.train_batch_size
     is_split = args.world_size > 1 and args.accelerator_config.split_batches
-    return size if is_split else size * args.world_size
+    return size if is_split else int(size * args.world_size)
 
 
 def utilisation(
