@@ -45,9 +45,11 @@ def finished_summary(run: Run) -> str | None:
 def is_finished(run: Run, *, needed: Sequence[str] = RESULTS) -> bool:
     """Whether a run has finished with these inputs, and the files are there that are needed."""
     file = run.out / DONE_FILE
-    if not file.exists() or not all((run.out / name).exists() for name in needed):
+    if not file.exists():
         return False
-    return Done.read(file).inputs_sha256 == run.inputs_digest()
+    done = Done.read(file)
+    is_whole = all((run.out / name).exists() for name in needed)
+    return is_whole and done.inputs_sha256 == run.inputs_digest()
 
 
 def read_summary(run: Run) -> str:
