@@ -14,7 +14,7 @@ from optimer_hf.comparison.baselines import list_models, write_random_like
 from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import SCALED, compare
 from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
-from optimer_hf.errors import ConfigError, EvaluationError, StudyError
+from optimer_hf.errors import ConfigError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.models.checkpoint import Checkpoint
@@ -385,12 +385,14 @@ def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_pa
     assert "later" in [row.title for row in compare(later, pool=pools[0]).rows]
 
 
-def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):
+def test_a_row_that_was_left_out_is_not_marked_when_it_is_scored_later(tmp_path):
     config = config_of(**SEALED, baselines={"models": {"m": "you/model"}})
     study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    with pytest.raises(EvaluationError):
-        compare(study, pool=failing_at({3: RuntimeError("no")}))
-    assert not any(row.chosen_after_seal for row in compare(study, pool=FunctionPool).rows)
+    first = compare(study, pool=failing_at({3: RuntimeError("no")}))
+    second = compare(study, pool=FunctionPool)
+    assert len(first.left_out) == 1 and not second.left_out
+    assert len(second.rows) == len(first.rows) + 1
+    assert not any(row.chosen_after_seal for row in second.rows)
 
 
 def test_a_missing_model_is_found_before_anything_is_scored(tmp_path):
