@@ -17,7 +17,6 @@ from optimer_hf.experiment.hardware import (
     RESERVED,
     Allocation,
     Hardware,
-    TrainingSettings,
     TrialModel,
     item_seconds,
     merge_seconds,
@@ -29,7 +28,13 @@ from optimer_hf.experiment.hardware import (
 from optimer_hf.experiment.hardware_plan import HardwarePlan, HardwareStage
 from optimer_hf.experiment.plan_file import Download, Stage, show_bytes
 from optimer_hf.experiment.planning import list_downloads
-from optimer_hf.experiment.stages import Probe, make_stages, term_key, training_key
+from optimer_hf.experiment.stages import (
+    Probe,
+    make_stages,
+    term_key,
+    training_key,
+    warn_of_unknown_tokens,
+)
 from optimer_hf.files.reference import Reference, is_there
 from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_states
@@ -159,26 +164,15 @@ def _estimate_training(
     sizes = measure_sizes(add_lora(model_without_weights(base.path), config, base))
     settings = read_settings(config, stored_bytes)
     fields = {**TRAINER_DEFAULTS, **config.trainer}
-    seconds = training_seconds(
-        sizes, config.block_size, hardware, checkpointing=settings.checkpointing
-    )
     n_kept = int(fields.get("save_total_limit") or 1) + 1  # and the one that is being written
     return Training(
         allocation=place_training(config.name, sizes, settings, hardware),
-        seconds=seconds * _count_epochs(config, settings, hardware.n_devices),
+        seconds=training_seconds(
+            sizes, config.block_size, hardware, checkpointing=settings.checkpointing
+        ),
         vector_bytes=4 * (sizes.total if config.lora is None else sizes.trained),
         checkpoint_bytes=n_kept * CHECKPOINT * sizes.trained,
     )
-
-
-def _count_epochs(config: TrainConfig, settings: TrainingSettings, n_devices: int) -> float:
-    """Return how often a training reads its tokens; `max_steps` decides before the epochs do."""
-    fields = {**TRAINER_DEFAULTS, **config.trainer}
-    n_steps = int(fields.get("max_steps") or -1)
-    if n_steps <= 0 or config.max_tokens is None:
-        return float(fields["num_train_epochs"])
-    n_batches = n_steps * int(fields.get("gradient_accumulation_steps") or 1)
-    return n_batches * settings.n_tokens * n_devices / config.max_tokens
 
 
 def _count_work(
@@ -218,6 +212,7 @@ def _make_probe(
         token_costs={},
         vector_bytes={},
         merge_cost=Cost(merge_seconds(model, trial, hardware)),
+        n_devices=hardware.n_devices,
     )
 
 
@@ -269,9 +264,7 @@ def _list_warnings(
     trial: Allocation,
     given: Mapping[str, int | None],
 ) -> Iterator[str]:
-    for name, training in trainings.items():
-        if training.max_tokens is None:
-            yield f"train {name}: has no max_tokens, so its time is not in the plan"
+    yield from warn_of_unknown_tokens(trainings)
     placements = [*(each.allocation for each in estimates.values()), trial]
     yield from (each.warning for each in placements if each.warning is not None)
     for name, n_bytes in given.items():

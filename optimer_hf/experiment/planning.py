@@ -16,7 +16,14 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.experiment.plan_file import Download, Plan, show_bytes
-from optimer_hf.experiment.stages import Probe, make_stages, term_key, training_key
+from optimer_hf.experiment.stages import (
+    Probe,
+    count_tokens,
+    make_stages,
+    term_key,
+    training_key,
+    warn_of_unknown_tokens,
+)
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line
 from optimer_hf.hub.pulling import inputs_of
@@ -32,8 +39,7 @@ from optimer_hf.scoring.tasks import load_tasks
 from optimer_hf.searching.engine import keep_engine, open_engine, refuse_unusable_engine
 from optimer_hf.searching.trial import placement_of, source_of
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.training.arguments import TRAINER_DEFAULTS
-from optimer_hf.training.config import AUTO, TrainConfig
+from optimer_hf.training.config import MOST_TOKENS, TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
@@ -95,7 +101,7 @@ def make_plan(
         device_bytes=int(device),
         disk_bytes=disk,
         downloads=fetched,
-        warnings=_warn_of_room(memory, disk, out),
+        warnings=(*_warn_of_room(memory, disk, out), *warn_of_unknown_tokens(trainings)),
     )
 
 
@@ -203,16 +209,12 @@ def _open_evaluator(
 
 def _measure_training(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     """Train a few real steps into `out`; return the time of a token and the bytes left behind."""
-    settings = {**TRAINER_DEFAULTS, **config.trainer}
-    given = settings["per_device_train_batch_size"]
-    blocks = 1 if given == AUTO else int(given)  # as few steps would not find more
-    blocks *= int(settings.get("gradient_accumulation_steps", 1))
-    n_tokens = PROBE_STEPS * blocks * config.block_size
-    n_tokens = min(n_tokens, config.max_tokens or n_tokens)
+    few = config.model_copy(update={"trainer": {**config.trainer, "max_steps": PROBE_STEPS}})
+    n_tokens = min(count_tokens(few), config.max_tokens or MOST_TOKENS)
     lora = ", or train a LoRA (`lora:`)" if config.lora is None else ""
     remedy = f"Lower trainer.per_device_train_batch_size or block_size{lora}."
     with _refusing_misfits(f"{config.base_model}: a training step of {config.name!r}", remedy):
-        train(config.model_copy(update={"max_tokens": n_tokens}), out)
+        train(few.model_copy(update={"max_tokens": n_tokens}), out)
     took = TrainingRecord.read(out / TRAINING_FILE).training
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Cost(took.seconds, took.cpu_seconds) * (1 / took.n_tokens), n_bytes

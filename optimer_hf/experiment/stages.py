@@ -1,7 +1,8 @@
 """The stages of a search or a run, and what each takes, from the cost of a token and of an item."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optimer_hf.comparison.rows import list_rows, title_of
 from optimer_hf.experiment.plan_file import Stage, StageKind
@@ -9,7 +10,8 @@ from optimer_hf.files.digest import digest
 from optimer_hf.progress import Cost
 from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.arguments import TRAINER_DEFAULTS
+from optimer_hf.training.config import AUTO, TrainConfig
 from optimer_hf.training.mixture import budget_of
 
 GRADIENT_COST = 2.5  # times that of scoring, at most; all trials take gradients, or fewer do
@@ -18,8 +20,8 @@ GRADIENT_COST = 2.5  # times that of scoring, at most; all trials take gradients
 @dataclass(frozen=True)
 class Probe:
     """What stages are made of: the time and number of items by term, the time of a token by kind of
-    training, the bytes that such a training leaves behind, and the time to set the weights of a
-    merge.
+    training, the bytes that such a training leaves behind, the time to set the weights of a merge,
+    and on how many devices a training runs.
     """
 
     item_costs: Mapping[str, Cost]
@@ -27,12 +29,38 @@ class Probe:
     token_costs: Mapping[str, Cost]
     vector_bytes: Mapping[str, int]
     merge_cost: Cost = field(default_factory=Cost)
+    n_devices: int = 1
 
 
 def training_key(training: TrainConfig) -> str:
     """Return the key of a kind of training; trainings of one kind cost the same per token."""
     text = {"name", "corpus", "mixture", "replay", "max_tokens", "seed"}
     return digest(training.model_dump(mode="json", exclude=text))
+
+
+def count_tokens(training: TrainConfig, n_devices: int = 1) -> int:
+    """Return how many tokens a training reads on so many devices; `max_steps` decides before the
+    epochs do. Without both and `max_tokens`, that is not known, and 0.
+    """
+    settings: dict[str, Any] = {"max_steps": -1, "gradient_accumulation_steps": 1}
+    settings |= {**TRAINER_DEFAULTS, **training.trainer}
+    if settings["max_steps"] <= 0:
+        return round(_count_epochs(training) * (training.max_tokens or 0))
+    given = settings["per_device_train_batch_size"]
+    n_blocks = 1 if given == AUTO else given
+    n_batches = settings["max_steps"] * settings["gradient_accumulation_steps"]
+    return int(n_batches * n_blocks * n_devices * training.block_size)
+
+
+def _count_epochs(training: TrainConfig) -> float:
+    return float({**TRAINER_DEFAULTS, **training.trainer}["num_train_epochs"])
+
+
+def warn_of_unknown_tokens(trainings: Mapping[str, TrainConfig]) -> Iterator[str]:
+    """Yield a warning for each training of which nobody knows how many tokens it reads."""
+    for name, training in trainings.items():
+        if not count_tokens(training):
+            yield f"train {name}: has no max_tokens, so its time is not in the plan"
 
 
 def term_key(term: Term) -> str:
@@ -53,7 +81,7 @@ def make_stages(
 def _list_stages(
     config: StudyConfig, trainings: Mapping[str, TrainConfig], probe: Probe, is_run: bool
 ) -> list[Stage]:
-    tokens = {name: training.max_tokens or 0 for name, training in trainings.items()}
+    tokens = {name: count_tokens(each, probe.n_devices) for name, each in trainings.items()}
     stages = [
         Stage(
             kind="train",
@@ -69,6 +97,7 @@ def _list_stages(
     each, singles = config.baselines, _single_trainings(config, trainings)
     mixed = sum(budget_of(singles, mixture.budget) for mixture in each.mixtures.values())
     mixed += sum(budget_of(singles, "all") // n * n for n in each.attempts)
+    mixed = round(mixed * max(map(_count_epochs, singles.values()), default=0))  # all have the same
     slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
     work, cost = f"{mixed:,} tokens", slowest * mixed
     stages.append(Stage(kind="mixtures", name="mixtures", work=work, cost=cost))

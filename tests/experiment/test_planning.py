@@ -77,7 +77,13 @@ def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path
     assert planning._warn_of_room(1, 1, tmp_path) == ()
 
 
-@pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({"num_train_epochs": 3}, 1),
+        ({"gradient_accumulation_steps": 2, "max_steps": 10**6}, 2),
+    ],
+)
 def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     recipe_dir: Path,
     tmp_path: Path,
