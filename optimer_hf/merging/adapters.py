@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ADAPTER_CONFIG
-from optimer_hf.vectors.lora import PREFIX, Product
+from optimer_hf.vectors.lora import Product
+from optimer_hf.vectors.shapes import PREFIX
 
 Products = Mapping[str, Product]  # of one adapter or of a sum, by base tensor name
 

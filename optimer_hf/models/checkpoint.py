@@ -21,6 +21,7 @@ from safetensors import safe_open
 from optimer_hf.errors import ModelError
 from optimer_hf.files.text import LFS_POINTER, first_line
 from optimer_hf.models.blocks import matrix_rows, matrix_shape, row_blocks
+from optimer_hf.models.headers import LARGEST_HEADER
 from optimer_hf.models.layout import INDEX, find_weights_files, read_index
 from optimer_hf.printable import warn_once
 
@@ -46,7 +47,6 @@ TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 OUTER_WRAPPER = "module."  # DDP puts this in front of a name
 
-LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 12 million
 MOST_TENSORS = 100_000  # in one file
 LONGEST_AXIS = 2**40  # more than any file holds; safetensors accepts any shape with zero elements
 

@@ -35,6 +35,7 @@ from optimer_hf.vectors.lora_config import (
     token_indices,
     why_not_weighted,
 )
+from optimer_hf.vectors.shapes import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,6 @@ OF_PEFT = re.compile(  # a part of a tensor name that no model has
     r"^base_model\.model\.|\.(?:lora_|token_adapter\.|modules_to_save\.)"
 )
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
-PREFIX = "base_model.model."
 LAYERS_SHOWN = 12
 CACHED = 16  # models whose layers are remembered
 

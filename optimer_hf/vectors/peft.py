@@ -19,7 +19,6 @@ from optimer_hf.models.loader import model_with_adapter, read_adapter_config, re
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.lora import (
     FACTORS_TWICE,
-    PREFIX,
     kinds_of_targets,
     module_of,
     open_adapter,
@@ -28,6 +27,7 @@ from optimer_hf.vectors.lora import (
     refuse_split_ties,
 )
 from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_options
+from optimer_hf.vectors.shapes import PREFIX
 
 # -- through PEFT ----------------------------------------------------------------------------------
 

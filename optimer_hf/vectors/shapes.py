@@ -13,7 +13,7 @@ from optimer_hf.models.layout import ADAPTER_CONFIG, VECTOR_FILE
 from optimer_hf.vectors.groups import OF_LAYER
 
 QUANTIZATION = "quantization_config"
-PEFT_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of PEFT, before the name of a module
 
 
 def refuse_other_shapes(base: str, sources: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ def _refuse_factors(name: str, path: Path, base: Shapes) -> None:
     """Raise ModelError for a factor of LoRA with another width than both of its layer."""
     for tensor, shape in sorted(read_shapes(path, "adapter_model").items()):
         module = tensor.partition(".lora_")[0]
-        known = base.get(f"{module.removeprefix(PEFT_PREFIX)}.weight", ())
+        known = base.get(f"{module.removeprefix(PREFIX)}.weight", ())
         is_known = len(known) == len(shape) == 2 and OF_LAYER.match(module) is not None
         if not is_known or tensor.count(".lora_") != 1:
             continue

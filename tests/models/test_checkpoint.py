@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.models import blocks as blocks_module
 from optimer_hf.models.blocks import matrix_shape, row_blocks
-from optimer_hf.models.checkpoint import LARGEST_HEADER, MOST_TENSORS, Checkpoint, LoadedTensors
+from optimer_hf.models.checkpoint import MOST_TENSORS, Checkpoint, LoadedTensors
+from optimer_hf.models.headers import LARGEST_HEADER
 from optimer_hf.models.layout import weight_digests, weight_states, weights_fingerprint
 from optimer_hf.models.shards import write_sharded
 from tests.support.damage import damage
