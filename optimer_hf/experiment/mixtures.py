@@ -42,7 +42,7 @@ def train_mixtures(run: Run, study: Study, inputs: Inputs) -> dict[str, str]:
                 "mixture %r is left out: no weight is above 0, so there are no ratios", name
             )
             continue
-        n_tokens = budget_of(singles, baseline.budget)
+        n_tokens = budget_of(singles, baseline.budget, shares)
         config = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
         out = _train(run, config)
         record_mixture(study.directory, name, out)

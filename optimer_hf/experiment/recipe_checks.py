@@ -85,7 +85,7 @@ def mix_vectors(files: RecipeFiles) -> dict[str, TrainConfig]:
             shares = vector.mixture
             if not isinstance(shares, dict):
                 shares = dict.fromkeys(singles, 1.0)
-            n_tokens = budget_of(singles, vector.budget)
+            n_tokens = budget_of(singles, vector.budget, shares)
             with _naming(files, ("vectors", name, "mixture")):
                 mixed[name] = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
     return mixed

@@ -55,7 +55,7 @@ Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong 
 
 
 Shares = dict[str, Share] | Literal["uniform", "searched"]
-Budget = Literal["all", "one"]
+Budget = Literal["all", "mixed", "one"]
 
 
 def _mistakes_of_bounds(bounds: tuple[float, float]) -> Iterator[Mistake]:
@@ -154,7 +154,7 @@ class VectorConfig(FileModel):
     """
     budget: Budget = Field(default="all", examples=["one"], exclude_if=lambda value: value == "all")
     """Number of tokens that a mixture is trained on. all: as many as all vectors with a train file
-    together. one: as many as one of them on average.
+    together. mixed: as many as those that it mixes together. one: as many as one of all on average.
     """
     bounds: tuple[Weight, Weight] = Field(
         default=(0.0, 1.5), examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
@@ -398,8 +398,8 @@ class MixtureBaseline(FileModel):
     shares. searched: the weights of the merge, read as ratios (see `optimer ratios`).
     """
     budget: Budget = Field(default="all", examples=["one"])
-    """Number of tokens to train on. all: as many as all vectors together. one: as many as one
-    vector on average.
+    """Number of tokens to train on. all: as many as all vectors together. mixed: as many as those
+    that it mixes together. one: as many as one vector on average.
     """
     scale: Literal["one", "searched"] = Field(
         default="one", examples=["searched"], exclude_if=lambda value: value == "one"

@@ -131,12 +131,18 @@ def draw_shares(names: Sequence[str], n: int, *, seed: int) -> list[dict[str, fl
     return [equal, *(dict(zip(names, row.round(DIGITS).tolist(), strict=True)) for row in drawn)]
 
 
-def budget_of(trainings: Mapping[str, TrainConfig], budget: Literal["all", "one"]) -> int:
-    """Return on how many tokens to train a mixture: those of all trainings together, or of one of
-    them on average.
+def budget_of(
+    trainings: Mapping[str, TrainConfig],
+    budget: Literal["all", "mixed", "one"],
+    shares: Mapping[str, float] | None = None,
+) -> int:
+    """Return on how many tokens to train a mixture: those of all trainings together, of those with
+    a share (all by default), or of one of all on average.
     """
+    if budget == "mixed" and shares is not None:
+        trainings = {name: each for name, each in trainings.items() if shares.get(name, 0) > 0}
     n_tokens = sum(int(training.max_tokens or 0) for training in trainings.values())
-    return n_tokens if budget == "all" else n_tokens // max(len(trainings), 1)
+    return n_tokens // max(len(trainings), 1) if budget == "one" else n_tokens
 
 
 def _parts(

@@ -129,6 +129,20 @@ def test_a_plan_counts_the_training_of_a_mixture(recipe_dir: Path, tmp_path: Pat
     assert work["scale of half: search"].startswith("8 trials of ")
 
 
+def test_a_mixture_of_some_vectors_can_have_their_tokens(recipe_dir: Path, tmp_path: Path):
+    part = {"aaa": 1, "xyz": 0}
+    change_study(
+        recipe_dir,
+        vectors={"mix": {"mixture": part, "budget": "mixed"}},
+        baselines={"mixtures": {"half": {"shares": part, "budget": "mixed"}}},
+    )
+    inputs = load_inputs(run_of(recipe_dir, tmp_path / "out"))
+    assert inputs.trainings["mix"].max_tokens == inputs.trainings["aaa"].max_tokens == 1024
+    plan = make_plan(inputs.study, inputs.trainings, tmp_path / "out", is_run=True)
+    work = {stage.name: stage.work for stage in plan.stages}
+    assert work["train mix"] == work["mixtures"] == "1,024 tokens"
+
+
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
