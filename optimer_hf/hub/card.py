@@ -343,14 +343,22 @@ def _values_of(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _results_table(results: Results) -> str:
-    """Return the table of the sealed test; the names in it are shown as they are."""
+    """Return the table of the sealed test and which baselines are not in it; the names in it are
+    shown as they are. Why those are not is in the report: a reason may name files of this machine.
+    """
     header, rows = table_of(results)
     names = [_escape_markdown(name) for name in header]
     lines = [
         [_escape_markdown(name), *(number.replace(" ", "\N{NO-BREAK SPACE}") for number in numbers)]
         for name, *numbers in rows
     ]
-    return f"Gain over the base on the sealed test:\n\n{markdown_table(names, lines)}".strip()
+    text = f"Gain over the base on the sealed test:\n\n{markdown_table(names, lines)}".strip()
+    left_out = ", ".join(_escape_markdown(each.name) for each in results.left_out)
+    return (
+        f"{text}\n\nNot in the table, since they could not be scored: {left_out}."
+        if left_out
+        else text
+    )
 
 
 def render(metadata: Mapping[str, Any], facts: Facts, existing: str | None) -> str:

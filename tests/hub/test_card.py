@@ -8,6 +8,7 @@ from markdown_it import MarkdownIt
 
 from optimer_hf.comparison.costs import mixture_cost
 from optimer_hf.comparison.ledger import Ledger, TrialCost
+from optimer_hf.comparison.rows import LeftOut
 from optimer_hf.errors import HubError
 from optimer_hf.hub.card import (
     BEGIN,
@@ -179,6 +180,14 @@ def test_the_table_of_the_sealed_test_is_that_of_the_results():
             " %", "\N{NO-BREAK SPACE}%"
         ),
     ]
+
+
+def test_baselines_that_could_not_be_scored_are_named_below_the_table():
+    left_out = LeftOut(kind="method", subject="ties", name="ties|x", reason="no room in /home/me")
+    results = results_of_row("x").model_copy(update={"left_out": [left_out]})
+    about = recipe_facts(recipe_of(), "", [], results).results
+    assert about.endswith("|\n\nNot in the table, since they could not be scored: ties\\|x.")
+    assert "/home" not in about
 
 
 def test_a_figure_follows_its_conclusion_and_has_a_text_of_its_own():
