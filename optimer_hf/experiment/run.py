@@ -73,6 +73,7 @@ def run_recipe(run: Run) -> str:
 
     started = perf_counter()
     logger.info("run %s: checking texts, tasks and models", run.name)
+    done = Done(inputs_sha256=run.inputs_digest())  # before they are read: edits meanwhile count
     inputs = load_inputs(run)
     check_sources(inputs)
     stages = _number_stages(inputs)
@@ -100,7 +101,13 @@ def run_recipe(run: Run) -> str:
         results_of(comparison, correlation).write(run.out / "results.json")
         write_ledger(spent, run.out / "ledger.json")
         write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
-        Done(inputs_sha256=run.inputs_digest()).write(run.out / DONE_FILE)
+        done.write(run.out / DONE_FILE)
+    if run.inputs_digest() != done.inputs_sha256:
+        logger.warning(
+            "%s: changed while the run went on, so some results may be of the older files. Run it "
+            "again.",
+            run.folder,
+        )
     return read_summary(run)
 
 

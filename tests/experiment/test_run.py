@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimer_hf.comparison.ledger import write_ledger
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.marks import Claim, read_claim
 from optimer_hf.experiment.run import claim_directory
@@ -108,6 +109,26 @@ def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path
     assert [(out / name).read_bytes() for name in names] == before
     compared = run_optimer("compare", out)
     assert compared.exit_code == 0, compared.output
+
+
+def test_a_file_that_is_edited_while_a_run_goes_on_is_not_taken_for_one_that_it_read(
+    finished: Path, recipe_dir: Path, monkeypatch, caplog
+):
+    def write_and_edit(*args) -> None:
+        write_ledger(*args)
+        with (recipe_dir / "study.yaml").open("a") as file:
+            file.write("# edited\n")
+
+    (finished / "done.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("optimer_hf.comparison.ledger.write_ledger", write_and_edit)
+        assert run_optimer("run", recipe_dir, finished).exit_code == 0
+    assert "changed while the run went on" in caplog.text
+    caplog.clear()
+    assert run_optimer("run", recipe_dir, finished).exit_code == 0
+    assert "nothing to do" not in caplog.text and "changed while" not in caplog.text
+    assert run_optimer("run", recipe_dir, finished).exit_code == 0
+    assert "finished already, nothing to do" in caplog.text
 
 
 def test_a_finished_run_notices_other_text_outside_its_folder(
