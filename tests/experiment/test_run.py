@@ -126,7 +126,7 @@ def test_a_file_that_is_edited_while_a_run_goes_on_is_not_taken_for_one_that_it_
     assert "changed while the run went on" in caplog.text
     caplog.clear()
     assert run_optimer("run", recipe_dir, finished).exit_code == 0
-    assert "nothing to do" not in caplog.text and "changed while" not in caplog.text
+    assert "finished already" not in caplog.text and "changed while" not in caplog.text
     assert run_optimer("run", recipe_dir, finished).exit_code == 0
     assert "finished already, nothing to do" in caplog.text
 
