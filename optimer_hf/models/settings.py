@@ -19,12 +19,13 @@ from optimer_hf.models.loader import read_config
 
 HARMLESS = re.compile(  # about training, generation, caches and programs; sizes that tensors show
     r"_token_ids?$|_token_index$|dropout|_pdrop$|layerdrop|drop$|initializer|(^|_)init(_|$)"
-    r"|cache|loss|jitter|pretraining_tp|vocab_size|summary_|classifier|output_router_logits"
-    r"|logits_to_keep|kernels?$|mambapy|associative_scan|chunk_size|nextn|mtp_|_version$"
+    r"|cache|loss|jitter|pretraining_tp|vocab_size|summary_|output_router_logits"
+    r"|logits_to_keep|kernels?$|mambapy|associative_scan|nextn|mtp_|_version$"
     r"|^(dtype|architectures|id2label|label2id|problem_type|return_dict|output_hidden_states"
     r"|output_attentions|_name_or_path|torchscript|is_decoder|add_cross_attention|use_sliding_window"
+    r"|(mamba_)?chunk_size|classifier_(bias|pooling|proj_size)"
     r"|max_window_layers|tie_word_embeddings|quantization_config|prefix|pruned_heads"
-    r"|rescale_prenorm_residual|slow_but_exact|seed|suppress_tokens|begin_suppress_tokens)$"
+    r"|rescale_prenorm_residual|slow_but_exact|suppress_tokens|begin_suppress_tokens)$"
 )
 POSITIONS = re.compile(  # the longest text, which has no effect on RoPE with a fixed scale
     r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$"

@@ -36,6 +36,35 @@ MAKERS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)
     ),
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **COMMON,
+            head_dim=8,
+            intermediate_size_mlp=32,
+            num_local_experts=2,
+            no_rope_layers=[1, 0],
+            attention_chunk_size=64,
+        )
+    ),
+    "modernbert": lambda: transformers.ModernBertDecoderForCausalLM(
+        transformers.ModernBertDecoderConfig(
+            **{key: size for key, size in COMMON.items() if key != "num_key_value_heads"},
+            **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id"), 0),
+            **{"bos_token_id": 2, "eos_token_id": 1},
+        )
+    ),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            state_size=8,
+            num_hidden_layers=1,
+            num_heads=4,
+            head_dim=16,
+            n_groups=1,
+            chunk_size=64,
+        )
+    ),
     "mpt": lambda: transformers.MptForCausalLM(
         transformers.MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=1)
     ),
@@ -117,6 +146,8 @@ def logits(path: Path) -> torch.Tensor:
         ("gpt2", {"layer_norm_epsilon": 1.0}, "layer_norm_epsilon"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}, "scale_"),
         ("mpt", {"attn_config": {"softmax_scale": 0.01}}, "attn_config"),
+        ("llama4", {"attention_chunk_size": 8}, "attention_chunk_size: 8, base 64"),
+        ("modernbert", {"classifier_activation": "relu"}, "classifier_activation: 'relu'"),
         ("llama", {"model_type": "gemma", "head_dim": 8}, "model_type: 'gemma', base 'llama'"),
     ],
 )
@@ -154,6 +185,7 @@ def test_a_fine_tune_whose_config_changes_the_function_is_refused(
             {"n_ctx": 64, "attn_pdrop": 0.0, "summary_type": "mean", "task_specific_params": {}},
         ),
         ("mpt", {"attn_config": {"attn_pdrop": 1}}),
+        ("mamba2", {"chunk_size": 128, "rescale_prenorm_residual": True}),
     ],
 )
 def test_a_fine_tune_whose_config_leaves_the_function_alone_is_accepted(
