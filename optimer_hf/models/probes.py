@@ -1,9 +1,10 @@
 """Find out what a model does by running it on a few tokens."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimer_hf.errors import ModelError
 from optimer_hf.models.head_loss import IGNORED_LABEL
 from optimer_hf.models.placement import input_device
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8  # per document
+LARGEST_SHIFTS = {True: 1e-3, False: 0.02}  # of logits, in standard deviations: float32, 16 bits
 LARGEST_CHANGE = 1e-4  # relative; masked tokens may change a hidden state by rounding only
 
 
@@ -34,6 +36,95 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     after_one, after_another = hidden[:, PROBE_TOKENS:].float()
     change = (after_one - after_another).abs().max()
     return bool(change <= LARGEST_CHANGE * after_one.abs().mean())
+
+
+def refuse_reading_ahead(model: "PreTrainedModel") -> None:
+    """Raise ModelError for a model that reads what it is asked for, see `reads_ahead`."""
+    if reads_ahead(model):
+        raise ModelError(
+            f"{type(model).__name__}: is not causal: it reads the tokens that come after the one "
+            "that it predicts, so its loss and its likelihoods mean nothing. Use a model that "
+            "predicts text from left to right (of BERT's family, one with `is_decoder: true` in "
+            "its config.json)."
+        )
+
+
+def reads_ahead(model: "PreTrainedModel") -> bool:
+    """Whether what a model computes for a token depends on later ones, as in encoders such as BERT
+    and with `use_bidirectional_attention`: it would be asked for what it has read.
+
+    Another last token may change the rounding of what comes before it (experts multiply their
+    tokens together), so a derivative decides where anything changes.
+    """
+    ids = probe_ids(model, PROBE_TOKENS + 1, input_device(model))
+    pair = torch.stack([ids[:-1], torch.cat([ids[:-2], ids[-1:]])])
+    try:
+        with torch.no_grad():
+            one, other = _hidden_states(model, pair)[:, :-1]
+        return not torch.equal(one, other) and _depends_on_last(model, pair[:1])
+    except (AttributeError, TypeError, RuntimeError):  # it cannot be run or differentiated so
+        return False
+
+
+def _hidden_states(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.float()
+
+
+def _depends_on_last(model: "PreTrainedModel", ids: torch.Tensor) -> bool:
+    """Whether the derivative of the first hidden states in the last embedding is not zero."""
+    embedded: list[torch.Tensor] = []
+
+    def note(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            first = _hidden_states(model, ids)[0, 0]
+            (gradient,) = torch.autograd.grad(first.square().sum(), embedded[0])
+    finally:
+        hook.remove()
+    return bool(gradient[0, -1].any())
+
+
+@torch.no_grad()
+def keeps_padding_out(model: "PreTrainedModel") -> bool:
+    """Whether a prompt with padding before it is continued as it is alone.
+
+    The states of some recurrent and linear-attention models (RWKV, RecurrentGemma, MiniMax) go
+    through the padding, whatever the attention mask says.
+    """
+    pad = PROBE_TOKENS // 2
+    ids = probe_ids(model, 2 * PROBE_TOKENS, input_device(model)).view(2, PROBE_TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    alone = ids[:1, pad:]
+    try:
+        padded = _generated_logits(model, ids, mask)[0]
+        expected = _generated_logits(model, alone, torch.ones_like(alone))[0]
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # nothing is known of it
+        return True
+    largest = LARGEST_SHIFTS[model.dtype == torch.float32]
+    return bool((padded - expected).abs().mean() <= largest * expected.std())
+
+
+def _generated_logits(
+    model: "PreTrainedModel", ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits [n, 2, vocabulary] of two tokens that `generate` chooses after prompts."""
+    output: Any = model.generate(
+        ids,
+        attention_mask=mask,
+        min_new_tokens=2,
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.stack(output.logits, 1).float()
 
 
 @torch.no_grad()

@@ -15,8 +15,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from optimer_hf.models.placement import devices_of, input_device
 from optimer_hf.models.plain_head import is_plain_head
+from optimer_hf.models.probes import keeps_padding_out, refuse_reading_ahead
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
-from optimer_hf.scoring.harness import Windows, quiet_lm_eval, rolling_windows, warn_of_cut_prompts
+from optimer_hf.scoring.harness import (
+    Windows,
+    quiet_lm_eval,
+    rolling_windows,
+    warn_of_cut_prompts,
+)
 from optimer_hf.scoring.likelihood import Likelihoods
 
 if TYPE_CHECKING:
@@ -28,7 +34,10 @@ Answer = TypeVar("Answer")
 def make_lm_eval_model(model: Any, tokenizer: Any) -> "HarnessModel":
     """Return an lm-eval model that scores with a live transformers model, without materialising
     logits.
+
+    Raises ModelError for a model that reads ahead.
     """
+    refuse_reading_ahead(model)
     with quiet_lm_eval():
         return HarnessModel(model, tokenizer)
 
@@ -77,7 +86,9 @@ class HarnessModel(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         warn_of_cut_prompts(self, requests)
-        if not self.follows_memory:
+        if not self._keeps_padding_out:
+            self.batch_size_per_gpu = 1
+        if not self.follows_memory or not self._keeps_padding_out:
             return list(super().generate_until(requests, disable_tqdm=True))
         answers: dict[int, str] = {}
         for indices in _indices_by_settings(requests):
@@ -87,6 +98,10 @@ class HarnessModel(HFLM):
             texts = _answer_in_batches(self, own, lengths, self._generation_budget, run)
             answers |= zip(indices, texts, strict=True)
         return [answers[index] for index in range(len(requests))]
+
+    @cached_property
+    def _keeps_padding_out(self) -> bool:
+        return keeps_padding_out(self._live)
 
     @cached_property
     def _generation_budget(self) -> Budget:

@@ -15,7 +15,11 @@ from optimer_hf.models.flops import training_flops
 from optimer_hf.models.fused_loss import fuse_loss
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
-from optimer_hf.models.probes import keeps_documents_apart, sharded_keeps_documents_apart
+from optimer_hf.models.probes import (
+    keeps_documents_apart,
+    refuse_reading_ahead,
+    sharded_keeps_documents_apart,
+)
 from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.models.ties import Ties
@@ -161,8 +165,10 @@ def _load_base(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArg
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = load_model(base, "auto" if mixed else torch.float32)
-    if requested_sharding() is None and not keeps_documents_apart(model):
-        _warn_of_carried_state(config.name, model)
+    if requested_sharding() is None:
+        refuse_reading_ahead(model)
+        if not keeps_documents_apart(model):
+            _warn_of_carried_state(config.name, model)
     return add_lora(model, config, base)
 
 

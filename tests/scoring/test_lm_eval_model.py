@@ -4,13 +4,15 @@ import random
 
 import pytest
 import torch
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from optimer_hf.errors import ModelError
 from optimer_hf.scoring.batching import Budget
 from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
-from tests.support.tiny import tiny_model
+from tests.support.tiny import GROUPED, VOCABULARY, WIDE, tiny_model
 
 SETTINGS = [
     {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
@@ -103,3 +105,48 @@ def test_a_head_with_a_bias_is_scored_by_the_stock_code_in_batches(tokenizer, n_
     expected = stock(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
     assert [v for v, _ in answers] == pytest.approx([v for v, _ in expected], rel=1e-5)
     assert [g for _, g in answers] == [g for _, g in expected]
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_not_scored(tokenizer):
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**WIDE)).eval()
+    with pytest.raises(ModelError, match="BertLMHeadModel: is not causal"):
+        make_lm_eval_model(model, tokenizer)
+
+
+PADDED = {
+    "RwkvForCausalLM": lambda: transformers.RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2
+    ),
+    "MiniMaxForCausalLM": lambda: transformers.MiniMaxConfig(
+        **GROUPED,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        block_size=16,
+    ),
+    "MambaForCausalLM": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2
+    ),
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**GROUPED),
+}
+
+
+@pytest.mark.parametrize("follows_memory", [False, True])
+@pytest.mark.parametrize("architecture", PADDED)
+def test_padding_does_not_change_what_is_generated(tokenizer, architecture, follows_memory):
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(PADDED[architecture]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    requests = instances("generate_until", [(text, SETTINGS[1]) for text in prompts(6)])
+    lm = harness(model, tokenizer, 10**4)
+    lm.follows_memory = follows_memory
+    texts = lm.generate_until(requests)
+    one_by_one = stock(model, tokenizer).generate_until(requests, disable_tqdm=True)
+    assert texts == one_by_one
