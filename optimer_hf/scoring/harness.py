@@ -4,16 +4,20 @@ lm-eval takes seconds to import, so this module does it where a function needs i
 """
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from optimer_hf.errors import EvaluationError
+from optimer_hf.files.text import quote
 from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)
 
 Windows = list[tuple[None, list[int], list[int]]]
+Encoded = tuple[list[int], list[int]]  # tokens of a context and of its continuation
 
 
 @contextlib.contextmanager
@@ -41,6 +45,72 @@ def quiet_lm_eval() -> Iterator[None]:
         task.tqdm = bar
         if had_bars:
             datasets.enable_progress_bars()
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def open_ended(tokenizer: Any) -> Any:
+    """Return a tokenizer that puts nothing after a text.
+
+    One that was saved with `add_eos_token` ends every prompt, and the choices after it would be
+    scored as the beginning of another document. Raises EvaluationError if that cannot be undone.
+    """
+    before, after = _special_tokens_around(tokenizer)
+    if not after:
+        return tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    opened = copy.deepcopy(tokenizer)
+    names = opened.convert_ids_to_tokens(before)
+    if getattr(opened, "backend_tokenizer", None) is not None:
+        opened.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*names, "$A"], special_tokens=[*zip(names, before, strict=True)]
+        )
+    if _special_tokens_around(opened)[1]:
+        end = tokenizer.decode(after)
+        raise EvaluationError(
+            f"the tokenizer puts {end!r} after every text, so every prompt would be a document "
+            "that has ended. Save it with add_eos_token=False."
+        )
+    return opened
+
+
+def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before and after every text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    starts = [s for s in range(len(whole)) if whole[s : s + len(plain)] == plain]
+    if not plain or not starts:
+        return [], []
+    return whole[: starts[0]], whole[starts[0] + len(plain) :]
+
+
+def encode_pair(lm: Any, context: str, continuation: str, own: Encoded) -> Encoded:
+    """Return the tokens of a prompt and of what follows it, given those that lm-eval finds by
+    cutting the tokens of both together after as many as the prompt alone has.
+
+    Where one token reaches over the join, as `:A` does in "Answer:A", lm-eval would leave out its
+    text, and give a continuation without tokens the likelihood 1. It is encoded alone then.
+    """
+    n_spaces = len(context) - len(context.rstrip())
+    cut = len(context) - n_spaces  # lm-eval moves these spaces to the continuation
+    first, rest = own
+    if rest and lm.tok_encode(context + continuation)[: len(first)] == first:
+        return own
+    rest = lm.tok_encode(context[cut:] + continuation, add_special_tokens=False)
+    return first, rest
+
+
+def refuse_empty_continuations(requests: Sequence[Any]) -> None:
+    """Raise EvaluationError for an item that asks for the likelihood of an empty text."""
+    for request in requests:
+        if not request.args[1]:
+            raise EvaluationError(
+                f"task {request.task_name!r}: an item asks for the likelihood of an empty text "
+                f"after {quote(request.args[0][-40:])}, which every model gives 1. Leave empty "
+                "choices out."
+            )
 
 
 def rolling_windows(lm: Any, text: str, max_seq_len: int) -> Windows:

@@ -1,7 +1,8 @@
 """A live model + its tokenizer -> an lm-eval model, which scores without materialising logits.
 
-lm-eval's stock class puts BOS twice before a rolling document, and takes the log-softmax in the
-dtype of the model. This one does neither. The module takes seconds to import.
+lm-eval's stock class puts BOS twice before a rolling document, leaves out the text of a token that
+reaches from a prompt into the answer, and takes the log-softmax in the dtype of the model. This one
+does none of these. The module takes seconds to import.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,12 @@ from optimer_hf.models.plain_head import is_plain_head
 from optimer_hf.models.probes import keeps_padding_out, refuse_reading_ahead
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.harness import (
+    Encoded,
     Windows,
+    encode_pair,
+    open_ended,
     quiet_lm_eval,
+    refuse_empty_continuations,
     rolling_windows,
     warn_of_cut_prompts,
 )
@@ -35,11 +40,12 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> "HarnessModel":
     """Return an lm-eval model that scores with a live transformers model, without materialising
     logits.
 
-    Raises ModelError for a model that reads ahead.
+    Raises ModelError for a model that reads ahead, and EvaluationError for a tokenizer that ends
+    every text and cannot be kept from it.
     """
     refuse_reading_ahead(model)
     with quiet_lm_eval():
-        return HarnessModel(model, tokenizer)
+        return HarnessModel(model, open_ended(tokenizer))
 
 
 class HarnessModel(HFLM):
@@ -78,9 +84,13 @@ class HarnessModel(HFLM):
             )
         return self._encoded[key]
 
+    def _encode_pair(self, context: str, continuation: str) -> Encoded:
+        return encode_pair(self, context, continuation, super()._encode_pair(context, continuation))
+
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
+        refuse_empty_continuations(requests)
         self._instances = _once_each(requests)
         return list(super().loglikelihood(requests, disable_tqdm=True))
 

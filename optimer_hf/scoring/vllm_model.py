@@ -9,7 +9,15 @@ from time import perf_counter
 from typing import Any
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.scoring.harness import quiet_lm_eval, rolling_windows, warn_of_cut_prompts
+from optimer_hf.scoring.harness import (
+    Encoded,
+    encode_pair,
+    open_ended,
+    quiet_lm_eval,
+    refuse_empty_continuations,
+    rolling_windows,
+    warn_of_cut_prompts,
+)
 from optimer_hf.scoring.vllm_options import naming_vllm, sampling_settings
 from optimer_hf.scoring.vllm_processes import call_engine, running_processes
 
@@ -36,7 +44,7 @@ class HarnessModel(VLLM):
         super().__init__(
             pretrained=str(path), trust_remote_code=False, batch_size=ALL_AT_ONCE, **options
         )
-        self.tokenizer = tokenizer
+        self.tokenizer = open_ended(tokenizer)
         self.hf_chat_template = None  # that of the tokenizer
         self.processes = running_processes()
         self.forward_seconds, self.backward_seconds = 0.0, 0.0
@@ -51,9 +59,13 @@ class HarnessModel(VLLM):
             self._encoded[key] = list(super().tok_encode(string, add_special_tokens))
         return self._encoded[key]
 
+    def _encode_pair(self, context: str, continuation: str) -> Encoded:
+        return encode_pair(self, context, continuation, super()._encode_pair(context, continuation))
+
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
+        refuse_empty_continuations(requests)
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

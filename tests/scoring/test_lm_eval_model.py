@@ -1,5 +1,6 @@
 """lm_eval_model.py: batches that follow the free memory answer as the stock harness does."""
 
+import copy
 import random
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import EvaluationError, ModelError
 from optimer_hf.scoring.batching import Budget
 from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
-from tests.support.tiny import GROUPED, VOCABULARY, WIDE, tiny_model
+from tests.support.tiny import EOS, GROUPED, VOCABULARY, WIDE, tiny_model
 
 SETTINGS = [
     {"until": ["\n"], "max_gen_toks": 5, "do_sample": False},
@@ -105,6 +107,83 @@ def test_a_head_with_a_bias_is_scored_by_the_stock_code_in_batches(tokenizer, n_
     expected = stock(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
     assert [v for v, _ in answers] == pytest.approx([v for v, _ in expected], rel=1e-5)
     assert [g for _, g in answers] == [g for _, g in expected]
+
+
+# -- tokens at the join of a prompt and a choice ---------------------------------------------------
+
+
+def tokenizer_with(tokenizer, *, merges=(), ending=False):
+    """Return a byte tokenizer with tokens of two characters, or one that ends every text."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens([*merges])
+    if ending:
+        changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>",
+            special_tokens=[("<bos>", tokenizer.bos_token_id), ("<eos>", EOS)],
+        )
+    return changed
+
+
+def sum_by_hand(model, tokens: list[int], n: int) -> float:
+    """Return the log-likelihood of the last n tokens, in float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double()
+    values = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])
+    return values[-n:].sum().item()
+
+
+JOINS = {  # prompt, choice, and how many characters of the choice and the space are scored
+    "one token is all of the choice": ("Answer:", "A", 1),
+    "one token is its beginning": ("Answer:", "Ab", 2),
+    "the choice as it is encoded alone": ("Answer:", "b:A", 2),
+    "no token over the join": ("Answer:", "bc", 2),
+    "a space of the prompt": ("Answer: ", "bc", 3),
+}
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("kind", JOINS)
+def test_all_of_a_choice_is_scored_where_a_token_reaches_over_the_join(tokenizer, kind, plain_head):
+    context, choice, n = JOINS[kind]
+    model = tiny_model("llama").eval()
+    model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
+    if not plain_head:
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY + 1))
+    own = tokenizer_with(tokenizer, merges=[":A"])
+    lm = make_lm_eval_model(model, own)
+    assert (lm._likelihoods is not None) is plain_head
+    cut = context.rstrip()
+    tokens = [
+        *own(cut)["input_ids"],
+        *own(context[len(cut) :] + choice, add_special_tokens=False)["input_ids"],
+    ]
+    ((value, _),) = lm.loglikelihood(instances("loglikelihood", [(context, choice)]))
+    assert value == pytest.approx(sum_by_hand(model, tokens, n), rel=1e-5)
+
+
+@pytest.mark.parametrize("context", ["", "abc"])
+def test_an_empty_choice_is_refused(tokenizer, context):
+    lm = make_lm_eval_model(tiny_model("llama").eval(), tokenizer)
+    with pytest.raises(
+        EvaluationError, match="task 'task': an item asks for the likelihood of an empty"
+    ):
+        lm.loglikelihood(instances("loglikelihood", [("abc", "d"), (context, "")]))
+
+
+@pytest.mark.parametrize("context", ["abc d", "<bos>abc d", "abc <eos>", ""])
+def test_a_tokenizer_that_ends_every_text_scores_as_one_that_does_not(tokenizer, context):
+    model = tiny_model("llama").eval()
+    ending = tokenizer_with(tokenizer, ending=True)
+    assert ending("a")["input_ids"][-1] == EOS
+    values, texts = [], []
+    for each in (tokenizer, ending):
+        lm = make_lm_eval_model(model, each)
+        values.append(lm.loglikelihood(instances("loglikelihood", [(context, "xyz")])))
+        prompts_of_both = [(context or "a", SETTINGS[1]), ("longer than it", SETTINGS[1])]
+        texts.append(lm.generate_until(instances("generate_until", prompts_of_both)))
+    assert values[0] == values[1]
+    assert texts[0] == texts[1]
+    assert ending("a")["input_ids"][-1] == EOS, "that of the caller has not changed"
 
 
 # -- models ----------------------------------------------------------------------------------------
