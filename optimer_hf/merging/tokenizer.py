@@ -5,16 +5,27 @@ that end an answer, which differ between an instruct model and its base. Tokens 
 beyond its embedding (Gemma 3's image token does); new tokens may not, except in a union.
 """
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.models.layout import ResolvedModel, has_tokenizer, tokenizer_digests
+from optimer_hf.files.staging import write_text
+from optimer_hf.models.layout import (
+    GENERATION_CONFIG,
+    ResolvedModel,
+    has_tokenizer,
+    tokenizer_digests,
+)
 from optimer_hf.models.live import load_tokenizer
-from optimer_hf.models.loader import read_config, read_generation_config
+from optimer_hf.models.loader import CONFIG, read_config, read_generation_config, read_settings
 from optimer_hf.models.resolve import resolve_tokenizer
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.vectors.record import read_record
 
+EOS = "eos_token_id"
+TOKEN_IDS = ("bos_token_id", EOS, "pad_token_id")
 GIVE_A_MODEL = "Give a model with a tokenizer that fits, or leave tokenizer_source out."
 
 
@@ -94,10 +105,60 @@ def _embedding_rows(base: ResolvedModel) -> int:
     return int(read_config(base.path).get_text_config().vocab_size)
 
 
+# -- where an answer ends --------------------------------------------------------------------------
+
+
 def set_generation_config(model: Any, source: ResolvedModel) -> None:
-    """Give a loaded model the generation_config.json of a model directory, if it has one: it says
-    which tokens end an answer.
+    """Give a loaded model the generation_config.json of the model that lends the tokenizer: it says
+    which tokens end an answer. If there is none, its other files say it, see `end_tokens`.
     """
     config = read_generation_config(source.path)
     if config is not None:
         model.generation_config = config
+        return
+    settings = model.generation_config
+    settings.eos_token_id = _joined(settings.eos_token_id, end_tokens(source.path))
+
+
+def complete_generation_config(model: Path, source: Path) -> None:
+    """Let a model in a directory stop at the `end_tokens` of the directory that its tokenizer comes
+    from, if that has no generation_config.json, as adapters have none.
+    """
+    if (source / GENERATION_CONFIG).exists():
+        return
+    file, config = model / GENERATION_CONFIG, read_settings(model / CONFIG)
+    text = config.get("text_config")
+    named = {**(text if isinstance(text, dict) else {}), **config}
+    settings = (
+        read_settings(file)
+        if file.exists()
+        else {key: named[key] for key in TOKEN_IDS if named.get(key) is not None}
+    )
+    ends = _joined(settings.get(EOS), end_tokens(source))
+    if ends != settings.get(EOS):
+        write_text(file, json.dumps(settings | {EOS: ends}, indent=2) + "\n")
+
+
+def end_tokens(source: Path) -> list[int]:
+    """Return the tokens that end an answer by the config.json and the tokenizer of a directory.
+
+    Programs for fine-tuning make the end of a turn the EOS of the tokenizer, and do not always say
+    so elsewhere.
+    """
+    own = load_tokenizer(ResolvedModel(source, source.name)).eos_token_id
+    config = read_settings(source / CONFIG) if (source / CONFIG).exists() else {}
+    return _as_list(_joined(config.get(EOS), [] if own is None else [own]))
+
+
+def _joined(known: Any, more: Sequence[int]) -> Any:
+    """Return one id or a list of ids with more of them; `known` itself if it has them all."""
+    listed = _as_list(known)
+    new = [token for token in more if token not in listed]
+    if not new:
+        return known
+    joined = [*listed, *new]
+    return joined if len(joined) > 1 else joined[0]
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [*ids] if isinstance(ids, list | tuple) else [int(ids)]

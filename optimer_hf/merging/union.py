@@ -20,7 +20,7 @@ from optimer_hf.errors import ConfigError, ModelError, VocabularyError
 from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.staging import staged_directory, write_once
-from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.tokenizer import complete_generation_config, open_tokenizer
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
     MAX_SHARD_SIZE,
@@ -43,7 +43,7 @@ from optimer_hf.vectors.tokens import TokensOfVector, tokens_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the copies in the cache
+FORMAT = 2  # of the copies in the cache
 
 
 def open_base(
@@ -212,6 +212,8 @@ def _grow_once(union: _Union) -> Path:
 def _write(union: _Union, out: Path) -> None:
     _write_weights(union, out)
     copy_beside_weights(union.base.path, out, tokenizer=union.lender)
+    if union.lender is not None:
+        complete_generation_config(out, union.lender)
     write_vocabulary_size(out, union.n_rows)
     ids = union.tokenizer.get_vocab()
     if ids != load_tokenizer(union.root).get_vocab():  # otherwise the files are those of the root

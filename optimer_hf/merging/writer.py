@@ -17,6 +17,7 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.staging import staged_directory, write_text
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.kernel import add_weighted
+from optimer_hf.merging.tokenizer import complete_generation_config
 from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import MAX_SHARD_SIZE, ResolvedModel, copy_beside_weights
@@ -96,6 +97,8 @@ def write_merged(
     with staged_directory(out, replace=replace) as staging:
         write_sharded(staging, "model", specs, rows_of, max_shard_size, device)
         copy_beside_weights(base.path, staging, tokenizer=tokenizer.path if tokenizer else None)
+        if tokenizer is not None:
+            complete_generation_config(staging, tokenizer.path)
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)
         if complete is not None:

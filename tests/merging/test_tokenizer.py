@@ -13,7 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import with_pool
@@ -24,6 +24,7 @@ from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of
 from optimer_hf.merging.mergekit_search import unsearched_settings, with_weights
 from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
@@ -276,6 +277,41 @@ def test_a_recipe_without_the_field_builds_what_it_built(models, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
     for name in ("tokenizer.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (models["base"] / name).read_bytes()
+
+
+LENDERS = {  # what lends the tokenizer, and which tokens end an answer of the merge
+    "a model that says it in config.json": ({"config.json": {"eos_token_id": [1, 7]}}, [1, 7]),
+    "a model whose tokenizer says it": ({"tokenizer_config.json": {"eos_token": "d"}}, [1, 70]),
+    "an adapter": ({"config.json": None, "tokenizer_config.json": {"eos_token": "d"}}, [1, 70]),
+    "a model that ends as the base does": ({}, 1),
+}
+
+
+@pytest.mark.parametrize("of_base", [True, False], ids=["base says it", "base does not"])
+@pytest.mark.parametrize("kind", LENDERS)
+def test_a_merge_stops_where_the_model_that_lends_its_tokenizer_stops(
+    models, tmp_path, kind, of_base
+):
+    changes, ends = LENDERS[kind]
+    (models["it"] / "generation_config.json").unlink()
+    for name, fields in changes.items():
+        file = models["it"] / name
+        if fields is None:
+            file.unlink()
+        else:
+            file.write_text(json.dumps(json.loads(file.read_text()) | fields), encoding="utf-8")
+    left_out = () if of_base else ("generation_config.json",)
+    copy = tmp_path / "base"
+    shutil.copytree(models["base"], copy, ignore=shutil.ignore_patterns(*left_out))
+    models = models | {"base": copy}
+    base, lender = (ResolvedModel(models[name], name) for name in ("base", "it"))
+    vector = open_vector("math", str(models["math"]), base)
+    write_merged(base, [vector], {"math": 0.5}, tmp_path / "out", tokenizer=lender)
+    built = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert built.generation_config.eos_token_id == ends
+    config = study_of(models, tmp_path, vectors={"math": str(models["math"])})
+    held = ResidentPool(config.model_copy(update={"tokenizer_source": str(models["it"])}))
+    assert held._engine.lm.model.generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize("pool", ["checkpoints", "deltas"])
