@@ -186,6 +186,7 @@ def read_model(path: Path, **options: Any) -> Any:
     it with random numbers.
     """
     config = read_config(path)
+    _refuse_other_kinds(path, config)
     model, info = _load(_class_of_text(config), path, config, **options)
     refuse_missing_weights(path, info)
     return model
@@ -202,6 +203,21 @@ def _class_of_text(config: Any) -> Any:
     is_listed = type(config) in AutoModelForCausalLM._model_mapping
     has_images = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if has_images and not is_listed else AutoModelForCausalLM
+
+
+def _refuse_other_kinds(path: Path, config: Any) -> None:
+    """Raise ModelError for a kind of model that does not continue a text, such as T5 or CLIP."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    model_class = _class_of_text(config)
+    if type(config) in model_class._model_mapping:
+        return
+    is_pair = type(config) in AutoModelForSeq2SeqLM._model_mapping
+    kind = "reads a text with an encoder and writes another" if is_pair else "does not write text"
+    raise ModelError(
+        f"{path}: is a {config.model_type} model, which {kind}. Only models that continue a text "
+        "can be trained, searched and scored; `optimer merge` merges what mergekit knows."
+    )
 
 
 def _load(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[Any, Any]:
@@ -234,6 +250,7 @@ def model_without_weights(path: Path) -> Any:
     import torch
 
     config = read_config(path)
+    _refuse_other_kinds(path, config)
     with naming_unloadable(path, "model"), torch.device("meta"):
         return _class_of_text(config).from_config(config, trust_remote_code=False)
 

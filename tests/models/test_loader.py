@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from optimer_hf.errors import ModelError
 from optimer_hf.merging.engines import merge
@@ -21,7 +22,7 @@ from optimer_hf.models.loader import (
     read_model,
 )
 from optimer_hf.models.resolve import resolve_base, resolve_model, resolve_tokenizer
-from tests.support.tiny import tiny_model
+from tests.support.tiny import VOCABULARY, tiny_model
 
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil:\n    pass\n"
 AUTO_MAP = {
@@ -278,3 +279,28 @@ def test_a_class_that_transformers_lacks_is_loaded_as_a_causal_model(make_base, 
     named = {"architectures": ["LlamaForCausalLMWithValueHead"]}  # TRL's
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
     assert describe_loading(tmp_path / "base").missing == frozenset()
+
+
+KINDS = {
+    "t5": (
+        lambda: transformers.T5Config(
+            vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+        ),
+        "is a t5 model, which reads a text with an encoder and writes another",
+    ),
+    "clip": (
+        lambda: transformers.CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ),
+        "is a clip_vision_model model, which does not write text",
+    ),
+}
+
+
+@pytest.mark.parametrize("load", [read_model, lambda path: empty_model(ResolvedModel(path, "m"))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_does_not_continue_a_text_is_refused_by_its_kind(tmp_path, kind, load):
+    make, named = KINDS[kind]
+    transformers.AutoModel.from_config(make()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=named):
+        load(tmp_path / "model")
