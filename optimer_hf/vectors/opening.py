@@ -146,7 +146,7 @@ def _read_vector(
         return replace(
             _open_delta(name, path, record), unread=ties_of(base).copies, added_tokens=tokens
         )
-    tuned = _rename_to_base(name, Checkpoint(path), base)
+    tuned = _rename_to_base(name, _without_front(name, Checkpoint(path), base), base)
     _check_dtypes(name, tuned, base)
     return CheckpointVector(name, tuned, _floating_names(tuned, base))
 
@@ -240,6 +240,24 @@ def _is_another_model(path: Path, base: ResolvedModel) -> bool:
 def _fingerprint_of_base(path: Path, states: States) -> str:
     """Return a base's fingerprint; `states` is part of the cache key, to notice other weights."""
     return weights_fingerprint(path)
+
+
+def _without_front(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """Return a tuned checkpoint without the prefix that a program put before every name of the
+    base, such as `policy.`, and warn about it.
+    """
+    shortest = min(base.names, key=len)
+    fronts = {each.removesuffix(shortest) for each in tuned.names if each.endswith(f".{shortest}")}
+    for front in fronts:
+        plain = {each.removeprefix(front): each for each in tuned.names if each.startswith(front)}
+        if len(plain) == len(tuned.names) and plain.keys() == {*base.names}:
+            warn_once(
+                logger,
+                f"vector {name!r} ({tuned.path}): ignoring the prefix {front!r} of all its tensor "
+                "names, without which they are those of the base",
+            )
+            return tuned.rename(plain)
+    return tuned
 
 
 def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint:

@@ -26,6 +26,7 @@ from optimer_hf.models.ties import ties_of
 from optimer_hf.training.growth import full_norm
 from optimer_hf.vectors.delta import extract, extract_any_adapter
 from optimer_hf.vectors.opening import open_vector
+from tests.support.merges import assert_same_bits, read_all
 from tests.support.tiny import (
     GROUPED,
     QWEN_VISION,
@@ -36,6 +37,7 @@ from tests.support.tiny import (
     gemma3_multimodal,
     qwen35_multimodal,
 )
+from tests.support.weights import edit_weights
 
 CLASSES = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **SIZES)),
@@ -485,6 +487,34 @@ def test_an_adapter_of_a_wrapped_model_is_read_as_one_of_the_model(llama, edit, 
     assert vectors[0].names == plain.names
     for name in plain.names:
         assert torch.equal(vectors[0].parts[name].b, plain.parts[name].b)
+
+
+@pytest.mark.parametrize("front", ["policy.", "base_model.model.", "_forward_module.", "a.b.c."])
+def test_a_fine_tune_with_a_prefix_before_all_names_is_read_as_one_without(
+    llama, front, tmp_path, caplog
+):
+    base, tuned = llama
+    edited = edit_weights(tuned, tmp_path / "tuned", lambda tensors: None)
+    tensors = load_file(edited / "model.safetensors")
+    save_file(
+        {front + name: tensor for name, tensor in tensors.items()}, edited / "model.safetensors"
+    )
+    vectors = [open_vector("v", str(edited), base) for _ in range(2)]
+    assert len([r for r in caplog.records if f"the prefix {front!r} of all" in r.message]) == 1
+    plain = open_vector("v", str(tuned), base)
+    write_merged(base, [vectors[0]], {"v": 0.7}, tmp_path / "ours")
+    write_merged(base, [plain], {"v": 0.7}, tmp_path / "theirs")
+    assert_same_bits(read_all(tmp_path / "ours"), read_all(tmp_path / "theirs"))
+
+
+def test_a_fine_tune_with_a_prefix_before_some_names_is_refused(llama, tmp_path):
+    base, tuned = llama
+    edited = edit_weights(tuned, tmp_path / "tuned", lambda tensors: None)
+    tensors = load_file(edited / "model.safetensors")
+    renamed = {("policy." if "layers.1" in key else "") + key: tensors[key] for key in tensors}
+    save_file(renamed, edited / "model.safetensors")
+    with pytest.raises(ModelError, match="is not a fine-tune of the base"):
+        open_vector("v", str(edited), base)
 
 
 def test_tensors_that_a_fine_tune_lacks_or_adds_are_reported_once(llama, tmp_path, caplog):
