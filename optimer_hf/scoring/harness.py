@@ -90,15 +90,14 @@ def encode_pair(lm: Any, context: str, continuation: str, own: Encoded) -> Encod
     """Return the tokens of a prompt and of what follows it, given those that lm-eval finds by
     cutting the tokens of both together after as many as the prompt alone has.
 
-    Where one token reaches over the join, as `:A` does in "Answer:A", lm-eval would leave out its
-    text, and give a continuation without tokens the likelihood 1. It is encoded alone then.
+    Where one token reaches over the join, as `:A` does in "Answer:A", the continuation loses its
+    text. If nothing is left, lm-eval stops with an AssertionError; it is encoded alone then. Else
+    the tokens are those of lm-eval, so that scores are those that others measure.
     """
-    n_spaces = len(context) - len(context.rstrip())
-    cut = len(context) - n_spaces  # lm-eval moves these spaces to the continuation
     first, rest = own
-    if rest and lm.tok_encode(context + continuation)[: len(first)] == first:
-        return own
-    rest = lm.tok_encode(context[cut:] + continuation, add_special_tokens=False)
+    if not rest:
+        cut = len(context.rstrip())  # lm-eval moves the spaces after it to the continuation
+        rest = lm.tok_encode(context[cut:] + continuation, add_special_tokens=False)
     return first, rest
 
 

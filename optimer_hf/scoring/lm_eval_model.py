@@ -1,7 +1,7 @@
 """A live model + its tokenizer -> an lm-eval model, which scores without materialising logits.
 
-lm-eval's stock class puts BOS twice before a rolling document, leaves out the text of a token that
-reaches from a prompt into the answer, and takes the log-softmax in the dtype of the model. This one
+lm-eval's stock class puts BOS twice before a rolling document, stops at an answer whose whole text
+is in the last token of its prompt, and takes the log-softmax in the dtype of the model. This one
 does none of these. The module takes seconds to import.
 """
 

@@ -132,19 +132,21 @@ def sum_by_hand(model, tokens: list[int], n: int) -> float:
     return values[-n:].sum().item()
 
 
-JOINS = {  # prompt, choice, and how many characters of the choice and the space are scored
-    "one token is all of the choice": ("Answer:", "A", 1),
-    "one token is its beginning": ("Answer:", "Ab", 2),
-    "the choice as it is encoded alone": ("Answer:", "b:A", 2),
-    "no token over the join": ("Answer:", "bc", 2),
-    "a space of the prompt": ("Answer: ", "bc", 3),
+JOINS = {  # prompt, choice, and the tokens that are scored
+    "one token is all of the choice": ("Answer:", "A", ["A"]),
+    "one token is its beginning": ("Answer:", "Ab", ["b"]),
+    "the choice as it is encoded alone": ("Answer:", "b:A", ["b", ":A"]),
+    "no token over the join": ("Answer:", "bc", ["b", "c"]),
+    "a space of the prompt": ("Answer: ", "bc", [" ", "b", "c"]),
 }
 
 
 @pytest.mark.parametrize("plain_head", [True, False])
 @pytest.mark.parametrize("kind", JOINS)
-def test_all_of_a_choice_is_scored_where_a_token_reaches_over_the_join(tokenizer, kind, plain_head):
-    context, choice, n = JOINS[kind]
+def test_a_choice_in_the_last_token_of_its_prompt_is_scored_and_others_as_by_lm_eval(
+    tokenizer, kind, plain_head
+):
+    context, choice, scored = JOINS[kind]
     model = tiny_model("llama").eval()
     model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
     if not plain_head:
@@ -152,13 +154,18 @@ def test_all_of_a_choice_is_scored_where_a_token_reaches_over_the_join(tokenizer
     own = tokenizer_with(tokenizer, merges=[":A"])
     lm = make_lm_eval_model(model, own)
     assert (lm._likelihoods is not None) is plain_head
-    cut = context.rstrip()
+    asked = instances("loglikelihood", [(context, choice)])
     tokens = [
-        *own(cut)["input_ids"],
-        *own(context[len(cut) :] + choice, add_special_tokens=False)["input_ids"],
+        *own(context.rstrip())["input_ids"],
+        *(own(each, add_special_tokens=False)["input_ids"][0] for each in scored),
     ]
-    ((value, _),) = lm.loglikelihood(instances("loglikelihood", [(context, choice)]))
-    assert value == pytest.approx(sum_by_hand(model, tokens, n), rel=1e-5)
+    ((value, _),) = lm.loglikelihood(asked)
+    assert value == pytest.approx(sum_by_hand(model, tokens, len(scored)), rel=1e-5)
+    if choice != "A":  # where the stock class stops
+        with quiet_lm_eval():
+            stock = HFLM(pretrained=model, tokenizer=own, batch_size=1)
+        ((expected, _),) = stock.loglikelihood(asked, disable_tqdm=True)
+        assert value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("context", ["", "abc"])
