@@ -49,9 +49,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to, which replaces `path`, or the file that it links to,
     at the end.
 
-    After a crash or a power cut the file has either the old content or the new.
+    After a crash or a power cut the file has either the old content or the new. Raises OutputError
+    for a device, a pipe or a socket, which would be replaced, too.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if is_there(path) and not (path.is_file() or path.is_dir()):
+        raise OutputError(f"{path}: found a device or a pipe, expected a file. Give another place.")
     make_directory(path.parent)
     try:
         with hold_place(path, wait=True) as alone:

@@ -37,6 +37,15 @@ def test_write_text_that_fails_says_so_and_leaves_nothing(tmp_path):
     assert [entry.name for entry in path.iterdir()] == ["inside"]
 
 
+def test_a_pipe_is_refused_and_stays_also_behind_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # a device in its place would need a user who may make one
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OutputError, match="found a device or a pipe, expected a file"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 2
+
+
 def test_staged_directory_appears_whole_at_the_end(tmp_path):
     out = tmp_path / "deep" / "out"
     with staged_directory(out) as staging:
