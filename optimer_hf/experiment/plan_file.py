@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import computed_field, model_validator
+from pydantic import Field, computed_field, model_validator
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
@@ -54,7 +54,8 @@ class Plan(VersionedFile):
     """plan.json: what a run will take.
 
     The memory is that of one process, in bytes: on the host, and on the accelerator (0 without
-    one). The bytes on disk are those of the results.
+    one). The bytes on disk are those of the results. `inputs_sha256` is the digest of the inputs of
+    the run (None: of a study, or of a version that did not record it).
     """
 
     stages: tuple[Stage, ...]
@@ -63,6 +64,7 @@ class Plan(VersionedFile):
     disk_bytes: int
     downloads: tuple[Download, ...] = ()
     warnings: tuple[str, ...] = ()
+    inputs_sha256: str | None = Field(default=None, exclude_if=lambda digest: digest is None)
 
     @model_validator(mode="before")
     @classmethod

@@ -157,6 +157,7 @@ def plan_run(run: Run) -> "Plan":
     inputs = load_inputs(run)
     with claim_directory(run.out, run.claim()):
         plan = make_plan(inputs.study, inputs.trainings, run.out, is_run=True)
+        plan = plan.model_copy(update={"inputs_sha256": run.inputs_digest()})
         plan.write(run.out / PLAN_FILE)
     return plan
 
@@ -289,4 +290,7 @@ def _compare_with_plan(run: Run, ledger: "Ledger") -> str:
     file = run.out / PLAN_FILE
     if not file.exists():
         return ""
-    return f"## Planned and taken\n\n{compare_with_ledger(Plan.read(file), ledger)}\n"
+    plan = Plan.read(file)
+    if plan.inputs_sha256 not in (None, run.inputs_digest()):
+        return "## Planned and taken\n\nThe plan in `plan.json` was made for other inputs.\n\n"
+    return f"## Planned and taken\n\n{compare_with_ledger(plan, ledger)}\n"

@@ -8,10 +8,13 @@ import pytest
 import torch
 import yaml
 
+from optimer_hf.comparison.ledger import Ledger, TrialCost
 from optimer_hf.errors import ModelError
-from optimer_hf.experiment import planning
+from optimer_hf.experiment import planning, run
 from optimer_hf.experiment.folder import Run, load_inputs
+from optimer_hf.experiment.plan_file import Plan, Stage
 from optimer_hf.experiment.planning import list_downloads
+from optimer_hf.progress import Cost
 from optimer_hf.study.config import StudyConfig
 from tests.support.experiments import run_optimer
 
@@ -40,6 +43,20 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
     table = (out / "results.md").read_text().partition("## Planned and taken")[2]
     assert all(f"| {stage} |" in table for stage in ("train", "search", "sealed", "together"))
     assert "Memory: planned" in table
+
+
+def test_a_plan_of_other_inputs_is_not_compared_with_what_the_run_took(
+    recipe_dir: Path, tmp_path: Path
+):
+    ledger = Ledger(search=TrialCost(seconds=2, cpu_seconds=2))
+    other = Run(recipe_dir, tmp_path / "out")
+    stages = (Stage(kind="search", name="search", work="w", cost=Cost(1, 1)),)
+    plan = Plan(stages=stages, memory_bytes=1, device_bytes=0, disk_bytes=0)
+    for digest, is_compared in ((None, True), (other.inputs_digest(), True), ("0" * 64, False)):
+        plan.model_copy(update={"inputs_sha256": digest}).write(other.out / "plan.json")
+        text = run._compare_with_plan(other, ledger)
+        assert ("| search | 1 s | 2 s |" in text) == is_compared
+        assert ("was made for other inputs" in text) != is_compared
 
 
 def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):
