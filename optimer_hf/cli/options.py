@@ -55,6 +55,20 @@ class Existing(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Directory(Existing):
+    """A directory that has to exist. A file is refused, with what it should be."""
+
+    def __init__(self, hint: str = "", *, what: str) -> None:
+        super().__init__("no such directory" + hint)
+        self._what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if not path.is_dir():
+            raise ConfigError(f"{path}: found a file, expected {self._what}.")
+        return path
+
+
 class InputFile(Existing):
     """A file of a kind that has to exist. Mistakes in its fields are errors before any library
     loads. If `needs_files`, so are the missing files that all arguments name, together.
@@ -94,15 +108,17 @@ class Recipe(InputFile):
 
 PATH = click.Path(path_type=Path)
 INPUT = Existing("no such file")
-STUDY_FILE = InputFile("study", needs_files=True)
+STUDY_FILE = InputFile("study or merge config", needs_files=True)
 STUDY_OR_FOLDER = InputFile("study", or_folder=True)
 TRAIN_FILE = InputFile("train")
 OBJECTIVE_FILE = InputFile("objective")
 SCORED_FILE = InputFile("objective", needs_files=True)
 MERGE_FILE = InputFile("merge config", needs_files=True)
-DIRECTORY = Existing("no such directory")
+DIRECTORY = Directory(what="a directory")
 RECIPE = Recipe("recipe")
-STUDY = Existing("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
+STUDY = Directory(
+    ". `optimer search STUDY.yaml STUDY_DIR` makes a study", what="the directory of a study"
+)
 
 FORMAT = click.option(
     "--format",

@@ -201,16 +201,20 @@ def check_fields(path: Path, kind: str) -> str:
     Raises ConfigError for mistakes in its fields that are found without a library that takes
     seconds to import, and, if nothing is missing, for a mergekit YAML that cannot be searched, and
     ModelError for vectors whose headers show that they do not fit the base.
-    `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
+    `kind` is a key of KINDS, "merge config", or "study or merge config".
     """
     from optimer_hf.merging.mergekit_models import list_absent_models
     from optimer_hf.merging.mergekit_pool import pool_of
     from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
 
-    if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
+    is_either = kind == "study or merge config"
+    if is_either:
+        kind = "merge config" if is_for_mergekit(read_yaml(path)) else "study"
+    if kind == "merge config":
+        _refuse_other_kind(path, kind)
         read_keys(path, known_keys())
         missing = list_absent_models(read_yaml(path), path)
-        if kind == "study" and not missing:
+        if is_either and not missing:
             refuse_other_shapes(*pool_of(read_yaml(path), path))
         return missing
     config = _read_fields(path, kind)
@@ -238,6 +242,10 @@ TYPICAL = {  # fields that only files of a kind have, and what is done with such
     "train": ({"corpus", "mixture", "trainer"}, "`optimer train` takes a train file"),
     "objective": ({"terms"}, "`optimer evaluate` and `search --objective` take an objective"),
     "recipe": ({"scores", "versions", "ledger"}, "`optimer build` takes a recipe"),
+    "merge config": (
+        {"merge_method"},
+        "`optimer merge` and `search --objective` take a merge config",
+    ),
 }
 
 

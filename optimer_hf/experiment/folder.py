@@ -120,7 +120,8 @@ def run_of(
     ConfigError if there is no such folder or profile, or if `tokens` is no number.
     """
     if not recipe_dir.is_dir():
-        raise ConfigError(f"{recipe_dir}: no such recipe folder.")
+        found = "found a file, expected a" if recipe_dir.exists() else "no such"
+        raise ConfigError(f"{recipe_dir}: {found} recipe folder.")
     folder = recipe_dir.resolve()
     if short and profile not in (None, SHORT):
         raise ConfigError(f"--short is --profile {SHORT}, and --profile {profile} is another one.")

@@ -152,7 +152,24 @@ def test_a_disk_that_refuses_anything_is_one_line_with_the_path(monkeypatch, num
         (["recipe", ".", "recipe.yaml"], "holds no study"),
         (["extract", "./none", "--base", "./none", "out"], "no such file or directory"),
         (["search", "my-merge.yml", "s"], "Add --objective"),
-        (["merge", "obj.yaml", "out"], "obj.yaml:1: unknown field 'limit'"),
+        (["merge", "obj.yaml", "out"], "obj.yaml: found a file of the kind objective"),
+        (["build", "my-merge.yml", "out"], "my-merge.yml: found a file of the kind merge config"),
+        (["plan", "my-merge.yml"], "my-merge.yml: found a file of the kind merge config"),
+        (["run", "obj.yaml"], "obj.yaml: found a file, expected a recipe folder"),
+        *(
+            ([command, "obj.yaml", *rest], f"obj.yaml: found a file, expected {what}")
+            for what, commands in {
+                "the directory of a study": {
+                    "compare": [],
+                    "report": [],
+                    "trials": [],
+                    "recipe": ["recipe.yaml"],
+                    "retarget": ["obj.yaml"],
+                },
+                "a directory": {"push": ["a/b"], "status": []},
+            }.items()
+            for command, rest in commands.items()
+        ),
         (["merge", "my-merge.yml", "out", "--engine", "native"], "only mergekit can run"),
     ],
 )

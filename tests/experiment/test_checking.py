@@ -16,11 +16,12 @@ FILES = {
     "study": "base_model: a/b\nvectors: {w: a/w}\nobjective: {terms: [{task: t}]}\nsearch: {}\n",
     "train": "name: n\nbase_model: a/b\ncorpus: math.jsonl\nlora: {r: 4}\n",
     "objective": "terms: [{text: a.jsonl}]\n",
+    "merge config": "merge_method: linear\nmodels: [{model: a/w, parameters: {weight: 1}}]\n",
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("asked", ["study", "train", "objective", "recipe"])
+@pytest.mark.parametrize("asked", ["study", "train", "objective", "recipe", "merge config"])
 def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, kind, asked):
     path = tmp_path / "file.yaml"
     path.write_text(FILES[kind], "utf-8")
