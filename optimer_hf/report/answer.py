@@ -108,6 +108,8 @@ def verdict_of(comparison: Comparison) -> str:
             )
         case "no significant difference":
             return f"The merge and {other} do not differ significantly on the sealed test."
+        case "equal on every item":
+            return f"The merge equals {other} on every item of the sealed test."
         case _:
             return f"The sealed test gives no interval for the merge against {other}."
 

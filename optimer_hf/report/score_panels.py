@@ -219,6 +219,7 @@ RELATIONS: Mapping[Answer, str] = {  # of the merge to some baselines
     "better": "better than {}",
     "worse": "worse than {}",
     "no significant difference": "not significantly different from {}",
+    "equal on every item": "equal to {} on every item",
     "no interval, because all items differ alike": "as far from {} in every item",
 }
 

@@ -41,6 +41,7 @@ Answer = Literal[
     "worse",
     "no significant difference",
     "too few items to tell",
+    "equal on every item",
     "no interval, because all items differ alike",
 ]
 Rule = Literal["relative_to_base", "weighted_mean", "worst"]
@@ -74,6 +75,8 @@ class Interval:
         """What the items say about the difference."""
         if self.has_few_items:
             return "too few items to tell"
+        if self.kind == "none" and self.difference == 0:
+            return "equal on every item"
         if self.kind == "none":
             return "no interval, because all items differ alike"
         if not self.excludes_zero:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+WEIGHT_DIGITS = 4  # after the point, in the weights of a trial
+
+
 def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":
     """Return the free weights, scaled by their bounds to [0, 1], as points [n, d]."""
     free = config.free
@@ -23,13 +26,14 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
 
 
 def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
-    """Return all weights at a point [d] of the unit box, rounded to 4 digits, which
+    """Return all weights at a point [d] of the unit box, rounded to WEIGHT_DIGITS, which
     is all that YAML should show.
     """
     low, high = np.array(list(config.free.values())).T
     values = low + point * (high - low)
     return {
-        name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)
+        name: round(float(value), WEIGHT_DIGITS)
+        for name, value in zip(config.free, values, strict=True)
     } | config.fixed
 
 

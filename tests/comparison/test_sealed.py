@@ -3,6 +3,7 @@ predict.
 """
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,35 @@ def test_all_baselines_stand_beside_the_merge(study):
         titles
     )
     assert sum("at its best scale, " in title for title in titles) == 4
+
+
+class ThirdsPool(FunctionPool):
+    """Its best weights are the average of three vectors."""
+
+    n_items = 12
+
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(dict.fromkeys("wxyz", 0.0), asked)
+        loss = sum((weight - 1 / 3) ** 2 for weight in weights.values())
+        for score in scored.terms.values():
+            score.items[:] = [(top + loss, bottom) for top, bottom in score.items]
+        return scored
+
+
+def test_a_merge_that_is_the_average_equals_it_and_is_not_worse_by_a_rounded_digit(tmp_path):
+    vectors = {name: f"a/{name}" for name in "xyz"}
+    config = with_test(vectors=vectors, search={"n_trials": 5, "rescore_top": 0})
+    study = search(config, tmp_path / "s", runner=InProcess(ThirdsPool))
+    assert study.best_trial.weights == dict.fromkeys("xyz", 0.3333)
+    comparison = compare(study, pool=ThirdsPool)
+    best, merge = comparison.best_baseline(), comparison.merge
+    assert (best.kind, comparison.value(best)) == ("average", comparison.value(merge))
+    assert verdicts(comparison) == [
+        "searched merge minus the best of the others (uniform average): +0.00 points: "
+        "equal on every item."
+    ]
+    verdict = answer_of(read_evidence(study)).verdict
+    assert re.fullmatch(r"The merge equals the best of .* on every item of the .* test\.", verdict)
 
 
 def test_guessed_weights_are_rows_with_the_rest_at_0_and_fixed_ones_as_they_are(tmp_path):

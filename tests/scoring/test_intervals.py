@@ -184,6 +184,14 @@ def test_losses_that_are_equal_item_by_item_have_no_interval(level):
     first, second = ({"t": term_score(tops, bottoms=bottoms)} for _ in range(2))
     interval = paired_interval(objective_of("t"), first, second, second)
     assert (interval.low, interval.high, interval.kind) == (-math.inf, math.inf, "none")
+    assert interval.verdict == "equal on every item"
+
+
+def test_losses_in_the_same_proportion_on_every_item_have_no_interval():
+    tops, bottoms = np.linspace(1, 2, 30), np.full(30, 2)
+    first, second = ({"t": term_score(top, bottoms=bottoms)} for top in (1.25 * tops, tops))
+    interval = paired_interval(objective_of("t"), first, second, second)
+    assert interval.difference != 0
     assert interval.verdict == "no interval, because all items differ alike"
     assert interval.to_json()["low"] is None and interval.to_json()["high"] is None
 
