@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+WIDEST = 100_000  # characters of a line
+
+
 def echo_markdown(text: str, *, err: bool = False) -> None:
     """Print Markdown on stdout or stderr. On a terminal its tables and headings are drawn by rich;
     all other lines stay as they are.
@@ -22,6 +25,7 @@ def echo_markdown(text: str, *, err: bool = False) -> None:
         echo(text, err=err)
         return
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.text import Text
 
     console = Console(file=stream, highlight=False)
@@ -29,7 +33,11 @@ def echo_markdown(text: str, *, err: bool = False) -> None:
     for is_table, group in groupby(lines, key=lambda line: line.startswith("|")):
         if is_table:
             rows = [_cells(line) for line in group]
-            console.print(_draw_table(rows, least=console.width // 4))
+            table = _draw_table(rows, least=console.width // 4)
+            unlimited = console.options.update_width(WIDEST)
+            needed = Measurement.get(console, unlimited, table).minimum
+            width = max(console.width, needed)
+            Console(file=stream, highlight=False, width=width).print(table)
             continue
         for line in group:
             is_heading = line.startswith("#")
@@ -43,8 +51,9 @@ def _cells(line: str) -> list[str]:
 
 
 def _draw_table(rows: list[list[str]], *, least: int) -> "Table":
-    """Return a table of rich. Columns of numbers are aligned at the right, and the names in the
-    first column get `least` characters if they need them.
+    """Return a table of rich. Columns of numbers are aligned at the right and not broken, and the
+    names in the first column get `least` characters if they need them. On a terminal that is too
+    narrow for every number and word, lines are longer than it, and nothing is left out.
     """
     from rich import box
     from rich.table import Table
@@ -56,10 +65,12 @@ def _draw_table(rows: list[list[str]], *, least: int) -> "Table":
         column = [row[index] for row in body if index < len(row) and row[index]]
         is_numeric = bool(column) and all(re.match(r"[-+\[]?[\d.]", cell) for cell in column)
         longest = max(map(len, (title, *column)), default=0)
+        needed = max(map(len, column)) if is_numeric else min(longest, least) * (index == 0)
         table.add_column(
             Text(title),
             justify="right" if is_numeric else "left",
-            min_width=min(longest, least) if index == 0 else None,
+            overflow="fold",
+            min_width=needed,
         )
     for row in body:
         table.add_row(*map(Text, row))

@@ -44,6 +44,15 @@ def test_a_terminal_gets_drawn_tables_and_every_value(draw):
         assert part in text
 
 
+@pytest.mark.parametrize("columns", [10, 20, 40])
+def test_a_terminal_that_is_too_narrow_gets_every_value_whole(draw, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cells = {f"weight {name}": "-0.2207 %" for name in "abcdefgh"} | {"last use": "2026-11-28"}
+    text = draw(markdown_table([*cells, "origin"], [[*cells.values(), "surrogate"]]))
+    assert text.count("-0.2207 %") == 8 and "2026-11-28" in text and "surrogate" in text
+    assert "…" not in text
+
+
 def test_nothing_in_a_cell_is_read_as_markup_or_as_a_control_character(draw):
     text = draw(markdown_table(["[bold]a[/bold]"], [["[+0.1, +0.2] \x1b]0;title\x07"]]))
     assert "[bold]a[/bold]" in text
