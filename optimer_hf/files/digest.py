@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from optimer_hf.files.text import quote
+
 N_PIECES, PIECE = 1024, 2**16  # a fingerprint reads at most this many pieces of PIECE bytes: 64 MiB
 
 
@@ -16,12 +18,24 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         pairs = [(str(i), *pair) for i, pair in enumerate(zip(found, expected, strict=True))]
     else:
-        return [] if found == expected else [f"{where}: found {found!r}, expected {expected!r}"]
+        told = f"{where}: found {_quote_given(found)}, expected {_quote_given(expected)}"
+        return [] if found == expected else [told]
     return [
         text
         for key, one, other in pairs
         for text in differences(one, other, f"{where}.{key}" if where else key)
     ]
+
+
+def _quote_given(value: Any) -> str:
+    """Return a JSON value for a message: short, without fields that nobody has given."""
+    return "nothing" if value is None else quote(_drop_empty(value))
+
+
+def _drop_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_empty(each) for key, each in value.items() if each not in (None, [], {})}
+    return [_drop_empty(each) for each in value] if isinstance(value, list) else value
 
 
 # -- digests ---------------------------------------------------------------------------------------

@@ -43,9 +43,16 @@ def test_differences_name_every_field_that_differs_and_both_values():
     assert differences(other, expected) == [
         "b.c.1: found 2, expected 3",
         "b.d: found [1], expected [1, 2]",
-        "f: found None, expected 2",
+        "f: found nothing, expected 2",
     ]
     assert differences(other, other) == []
+
+
+def test_a_difference_is_short_and_leaves_out_what_nobody_has_given():
+    term = {"text": "t.jsonl", "task": None, "weight": 1.0, "generation": {}, "limit": None}
+    (told,) = differences({}, {"test": {"terms": [term] * 40, "constraints": []}})
+    assert told.startswith("test: found nothing, expected {'terms': [{'text': 't.jsonl', 'weight'")
+    assert len(told) < 300
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 100_000, 5 * 2**20])
