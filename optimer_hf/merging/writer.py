@@ -136,6 +136,8 @@ def merged_dtypes(base: Checkpoint, wanted: torch.dtype | None) -> dict[str, tor
 
 
 def _log_survival(share: float, out_dtype: str | None) -> None:
+    if out_dtype == "float32" and share >= LOW_SURVIVAL:
+        return  # there is no wider dtype, and nothing to decide
     logger.info(
         "rounding to %s keeps %.0f %% of the merged change%s",
         out_dtype or "the dtype of the base",

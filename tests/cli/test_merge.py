@@ -71,13 +71,17 @@ def test_merge_does_not_write_over_files(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_merge_says_how_much_of_its_delta_survives(folder, pool, tmp_path, caplog):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merge_says_how_much_of_its_delta_survives_in_16_bits(
+    folder, pool, tmp_path, caplog, dtype
+):
     config = yaml.safe_load((folder / "my-merge.yml").read_text(encoding="utf-8"))
-    config |= {"merge_method": "optimer", "out_dtype": "bfloat16"}
+    config |= {"merge_method": "optimer", "out_dtype": dtype}
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with caplog.at_level("INFO", logger="optimer_hf"):
         optimer("merge", tmp_path / "merge.yml", tmp_path / "out")
-    assert "rounding to bfloat16 keeps" in caplog.text
+    assert ("rounding to bfloat16 keeps" in caplog.text) == (dtype == "bfloat16")
+    assert "rounding to float32" not in caplog.text
 
 
 def test_the_flags_are_those_of_mergekit():
