@@ -556,8 +556,8 @@ def _choose_licence(
     if not chosen:
         listed = ", ".join(f"{name}: {known or '?'}" for name, known in origins.licences.items())
         raise HubError(
-            f"{repo_id}: the inputs do not determine the licence ({listed}). Give it: --license "
-            "apache-2.0, gemma, ..."
+            f"{repo_id}: the inputs do not determine the licence{f' ({listed})' * bool(listed)}. "
+            "Give it: --license apache-2.0, gemma, ..."
         )
     if strictest is not None and str(chosen).lower() != strictest:
         where = "--license" if given else "its card"

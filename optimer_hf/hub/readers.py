@@ -1,5 +1,6 @@
 """Say what readers can do with what was pushed, and what they cannot."""
 
+import json
 from collections.abc import Iterator
 
 from optimer_hf.hub.publication import BaseModel, Publication
@@ -32,8 +33,7 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
         yield "cannot verify it: no model was built. Run `optimer build`, and push again"
     if VANILLA_CONFIG in publication.files:
         yield f"can merge it with mergekit alone, as {VANILLA_CONFIG} says"
-    n_trials = publication.text("study/trials.jsonl").count("\n")
-    if n_trials:
+    if n_trials := count_trials(publication.text("study/trials.jsonl")):
         yield f"can re-target it from its {n_trials} trials: optimer retarget {out} OBJECTIVE.yaml"
         yield f"can draw its report: optimer report {out}"
         if recipe.objective and any(term.text is not None for term in recipe.objective.terms):
@@ -42,3 +42,8 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
         yield "cannot re-target it, as it has no trials: push the directory of the study or run"
     if REPORT in publication.files:
         yield f"can look at the report: {REPORT}"
+
+
+def count_trials(text: str) -> int:
+    """Count the trials in a trials.jsonl; those that were scored again have a second line there."""
+    return sum(json.loads(line)["fidelity"] == "search" for line in text.splitlines())

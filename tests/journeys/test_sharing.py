@@ -124,6 +124,11 @@ def test_local_models_are_searched_published_and_rebuilt_by_others(ann, tmp_path
     assert (theirs.weights, theirs.terms) == (best.weights, best.terms)
 
 
+def test_a_push_without_a_licence_asks_for_one(ann):
+    refused = ann.runs("optimer push my-study you/my-merge --vectors", ok=False)
+    assert "the inputs do not determine the licence. Give it: --license" in refused.output
+
+
 def test_an_adapter_on_the_hub_names_the_base_on_the_hub(ann, tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM
 
