@@ -75,8 +75,8 @@ def status_of(directory: Path) -> Status:
         kind, parts = f"runs of {claim}", [*_parts_of_seeds(directory)]
     elif claim is not None:
         kind, parts = f"run of {claim}", [*_parts_of_run(directory)]
-    elif (directory / STUDY_FILE).exists():
-        kind, parts = "study", [*_parts_of_study(directory)]
+    elif (study := _study_in(directory)) is not None:
+        kind, parts = "study", [*_parts_of_study(study)]
     elif (directory / TRAINING_FILE).exists() or (directory / STARTED).exists():
         kind, parts = "training", [_progress_of_training(directory, "training")]
     else:
@@ -85,6 +85,12 @@ def status_of(directory: Path) -> Status:
             "`search` or `train` writes to."
         )
     return Status(str(directory), kind, parts, _holder_of(directory), _seconds_since(directory))
+
+
+def _study_in(directory: Path) -> Path | None:
+    """Return the directory itself or its study/, which `optimer pull` writes; None without any."""
+    places = (directory, directory / "study")
+    return next((place for place in places if (place / STUDY_FILE).exists()), None)
 
 
 def status_to_text(status: Status) -> str:
@@ -132,8 +138,10 @@ def _progress_of_training(directory: Path, part: str) -> Progress:
         for path in (directory / CHECKPOINTS).glob("checkpoint-*")
         if path.name.rpartition("-")[2].isdecimal()
     ]
-    reached = f", checkpoint of step {max(steps):,}" if steps else ""
-    return Progress(part, f"begun{reached}", False)
+    reached = (
+        f"begun, checkpoint of step {max(steps):,}" if steps else "text packed, no checkpoint yet"
+    )
+    return Progress(part, reached, False)
 
 
 def _parts_of_study(directory: Path) -> Iterator[Progress]:

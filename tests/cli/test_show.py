@@ -88,6 +88,18 @@ def test_a_finished_run_is_finished_in_every_part(run):
     assert "run of 'tiny' (its own budget), finished" in text and "| vector aaa | trained" in text
 
 
+def test_a_pulled_study_has_a_status_like_its_trials(run, tmp_path):
+    shutil.copytree(run / "study", tmp_path / "theirs/study")
+    state = status(tmp_path / "theirs")
+    assert state["kind"] == "study" and state["parts"][0] == status(run / "study")["parts"][0]
+
+
+def test_a_training_whose_text_is_packed_has_not_trained_yet(run):
+    (run / "vectors/xyz/training.json").unlink()
+    parts = {part["part"]: part for part in status(run)["parts"]}
+    assert parts["vector xyz"]["state"] == "text packed, no checkpoint yet"
+
+
 def test_an_interrupted_run_says_where_it_stopped(run):
     (run / "done.json").unlink()
     (run / "vectors" / "xyz" / "training.json").unlink()
