@@ -22,6 +22,7 @@ from optimer_hf.experiment.stages import (
     make_stages,
     term_key,
     training_key,
+    warn_of_short_texts,
     warn_of_unknown_tokens,
 )
 from optimer_hf.files.reference import Reference
@@ -101,7 +102,11 @@ def make_plan(
         device_bytes=int(device),
         disk_bytes=disk,
         downloads=fetched,
-        warnings=(*_warn_of_room(memory, disk, out), *warn_of_unknown_tokens(trainings)),
+        warnings=(
+            *_warn_of_room(memory, disk, out),
+            *warn_of_short_texts(trainings),
+            *warn_of_unknown_tokens(trainings),
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimer_hf.comparison.rows import list_rows, title_of
+from optimer_hf.corpus.texts import PLAIN, ROWS, find_files
 from optimer_hf.experiment.plan_file import Stage, StageKind
 from optimer_hf.files.digest import digest
 from optimer_hf.progress import Cost
@@ -61,6 +62,23 @@ def warn_of_unknown_tokens(trainings: Mapping[str, TrainConfig]) -> Iterator[str
     for name, training in trainings.items():
         if not count_tokens(training):
             yield f"train {name}: has no max_tokens, so its time is not in the plan"
+
+
+def warn_of_short_texts(trainings: Mapping[str, TrainConfig]) -> Iterator[str]:
+    """Yield a warning for each training whose files of plain text have fewer bytes than it asks for
+    tokens, which the run refuses. Nothing is read.
+    """
+    for name, training in trainings.items():
+        corpus, wanted = training.corpus, training.max_tokens
+        if corpus is None or corpus.path is None or wanted is None or training.replay is not None:
+            continue
+        files = find_files(corpus.path)
+        n_bytes = sum(file.stat().st_size for file in files)
+        if all(file.suffix in (*PLAIN, *ROWS) for file in files) and n_bytes < wanted:
+            yield (
+                f"train {name}: {corpus.name} has {n_bytes:,} bytes, too few for max_tokens "
+                f"{wanted:,}, and the run will refuse it. Add text or lower max_tokens"
+            )
 
 
 def term_key(term: Term) -> str:

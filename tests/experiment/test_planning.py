@@ -10,12 +10,13 @@ import yaml
 
 from optimer_hf.comparison.ledger import Ledger, TrialCost
 from optimer_hf.errors import ModelError
-from optimer_hf.experiment import planning, run
+from optimer_hf.experiment import planning, run, stages
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.plan_file import Plan, Stage
 from optimer_hf.experiment.planning import list_downloads
 from optimer_hf.progress import Cost
 from optimer_hf.study.config import StudyConfig
+from optimer_hf.training.config import TrainConfig
 from tests.support.experiments import run_optimer
 
 
@@ -57,6 +58,20 @@ def test_a_plan_of_other_inputs_is_not_compared_with_what_the_run_took(
         text = run._compare_with_plan(other, ledger)
         assert ("| search | 1 s | 2 s |" in text) == is_compared
         assert ("was made for other inputs" in text) != is_compared
+
+
+def test_a_corpus_with_fewer_bytes_than_tokens_is_said_before_the_run(tmp_path: Path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "texts" / name).write_text("x" * 5_000)
+    fields = {"name": "n", "base_model": "a/b", "corpus": tmp_path / "texts"}
+    trainings = {
+        str(n): TrainConfig.model_validate(fields | {"max_tokens": n}) for n in (10_000, 10_001)
+    }
+    (said,) = stages.warn_of_short_texts(trainings)
+    assert "train 10001: texts has 10,000 bytes, too few for max_tokens 10,001" in said
+    (tmp_path / "texts" / "c.parquet").write_bytes(b"")
+    assert not [*stages.warn_of_short_texts(trainings)]
 
 
 def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):
