@@ -209,9 +209,8 @@ class Meter:
     def _figures(self) -> str:
         text = f"{self._done:,}/{self.total:,} {self.unit}"
         rate = self._rate()
-        text += (
-            f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / max(rate, 1e-9):.1f} s each"
-        )
+        if rate > 0:  # else all of it was done before
+            text += f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / rate:.1f} s each"
         return f"{text}, {self._note}" if self._note else text
 
 

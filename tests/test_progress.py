@@ -22,6 +22,13 @@ def test_lines_tell_how_far_and_the_last_one_what_came_out(caplog, monkeypatch):
     assert last.startswith("search: 3/3 trials, ") and last.endswith("-0.2000, best +0.1000")
 
 
+def test_work_that_was_done_before_has_no_rate(caplog):
+    caplog.set_level("INFO")
+    with Meter("search", 7, "trials", done=7):
+        pass
+    assert caplog.messages == ["search: 7/7 trials"]
+
+
 def test_work_that_fails_does_not_say_that_it_is_done(caplog):
     with caplog.at_level(logging.INFO):
         try:
