@@ -53,6 +53,8 @@ def study_lines(study: Study) -> Iterator[str]:
         trial, interval = other
         margin = describe_interval(interval, unit, is_gain=False)
         yield f"minus the next best, trial {trial.number}: {margin}"
+    if study.at_bounds:
+        yield f"at the end of its bounds, so wider ones may help: {', '.join(study.at_bounds)}"
     yield from front_lines(study)
     yield "\nwhere the time went:"
     for stage, taken, done in describe_ledger(ledger_of_study(study)):

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
+    from optimer_hf.study.directory import Study
+
     Array = NDArray[np.float64]
     Flags = NDArray[np.bool_]
 
@@ -165,7 +167,7 @@ def weights_panel(evidence: Evidence) -> Panel:
     return Panel(
         "weights",
         "Weights, and how sure they are",
-        f"{_say_ranges(ranges)}{_say_bounds(free, best)}{held}",
+        f"{_say_ranges(ranges)}{_say_bounds(study)}{held}",
         f"Weights of the vectors, each with its range: {rows}.{held}",
         figure,
     )
@@ -182,12 +184,11 @@ def _say_ranges(ranges: Mapping[str, tuple[float, float]]) -> str:
     return f"{text}. Within its bar, with the others fixed, no weight is clearly worse."
 
 
-def _say_bounds(free: Mapping[str, tuple[float, float]], best: Mapping[str, float]) -> str:
+def _say_bounds(study: "Study") -> str:
     """Return what to do about weights at the end of their bounds, except those at 0."""
-    ends = [name for name, bounds in free.items() if best[name] in bounds and best[name] != 0]
-    if not ends:
+    if not study.at_bounds:
         return ""
-    return f" At the end of its bounds, so wider ones may help: {', '.join(ends)}."
+    return f" At the end of its bounds, so wider ones may help: {', '.join(study.at_bounds)}."
 
 
 def plausible_range(

@@ -200,6 +200,13 @@ class Study:
         return f"the base with {along}" if along else "the base"
 
     @property
+    def at_bounds(self) -> list[str]:
+        """The searched weights of the best trial that are at the end of their bounds, but not 0."""
+        best = self.best_trial.weights
+        free = self.config.free.items()
+        return [name for name, ends in free if best[name] in ends and best[name] != 0]
+
+    @property
     def rescored_base(self) -> dict[str, TermScore]:
         """Scores of the base on the re-scoring items."""
         return self.log.first("rescore").terms
