@@ -122,7 +122,8 @@ def _name_sources(sources: Sequence[str], folder: Path) -> tuple[dict[str, str],
         last = Path(reference.partition("@")[0]).name
         name = name or (last.partition(".")[0] if TEXTS.fullmatch(last) else last)
         if not name or name in named:
-            raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
+            why = f"{name!r} is the name of another source" if name else "found no name"
+            raise ConfigError(f"{source}: {why}. Give it as NAME={reference}.")
         is_corpus = _is_corpus(reference)
         named[name] = _seen_from(folder, reference, is_path=is_corpus)
         if is_corpus:

@@ -48,7 +48,8 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     import transformers
 
     if not gguf.is_file():
-        raise ConfigError(f"{gguf}: no such file. Expected a GGUF file.")
+        found = "found a directory" if gguf.is_dir() else "no such file"
+        raise ConfigError(f"{gguf}: {found}. Expected a GGUF file.")
     try:
         header = read_header(gguf)
     except ImportError as error:

@@ -147,6 +147,9 @@ def test_a_disk_that_refuses_anything_is_one_line_with_the_path(monkeypatch, num
     [
         (["run", "nowhere"], "nowhere: no such recipe folder"),
         (["convert", "none.gguf", "out"], "none.gguf: no such file"),
+        (["convert", ".", "out"], ".: found a directory. Expected a GGUF file"),
+        (["init", "s.yaml", "m=a/m", "m=b/m", "--base", "a/b"], "'m' is the name of another"),
+        (["init", "s.yaml", "m=a/m", "b/m", "--base", "a/b"], "as NAME=b/m"),
         (["evaluate", "./none", "obj.yaml"], "no such file or directory"),
         (["compare", "nowhere"], "nowhere: no such directory. `optimer search"),
         (["recipe", ".", "recipe.yaml"], "holds no study"),
