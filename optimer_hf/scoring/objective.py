@@ -139,7 +139,9 @@ class Term(FileModel):
         if (self.function is None) != (self.higher_is_better is None):
             yield (
                 ("higher_is_better",),
-                "'higher_is_better' goes with 'function': lm-eval tasks know their direction",
+                "'higher_is_better' goes with 'function': lm-eval tasks know their direction"
+                if self.function is None
+                else "'higher_is_better' is missing: say whether larger values are better",
             )
         changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
         for name in sorted(NOT_FOR_FUNCTIONS & changed.keys()):

@@ -106,3 +106,15 @@ def test_weighted_mean_turns_losses_around():
 @pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
 def test_the_base_is_worth_nothing(rule):
     assert combine(objective_of(*TERMS, combine=rule), BASE, BASE) == 0
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        ({"function": "f"}, "is missing: say whether larger values are better"),
+        ({"task": "t", "higher_is_better": True}, "goes with 'function'"),
+    ],
+)
+def test_only_a_function_has_to_say_which_direction_is_better(term, said):
+    with pytest.raises(ValidationError, match=f"'higher_is_better' {said}"):
+        Objective.model_validate({"terms": [term]})
