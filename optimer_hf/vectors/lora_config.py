@@ -90,9 +90,16 @@ def read_options(path: Path, where: str) -> dict[str, Any]:
     """Return adapter_config.json as a mapping; raises ModelError if it cannot be read."""
     try:
         refuse_code(path)
-        return read_settings(path / "adapter_config.json")
+        options = read_settings(path / "adapter_config.json")
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
+    if options.get("peft_type") is None:
+        raise ModelError(
+            f"{where}: its adapter_config.json has no peft_type, so it is not one of PEFT's "
+            "(mlx-lm gives its own this name). Save the adapter in the format of PEFT, or merge it "
+            "into its base with the program that trained it, and give the whole model."
+        )
+    return options
 
 
 def why_not_weighted(options: Mapping[str, Any]) -> str | None:

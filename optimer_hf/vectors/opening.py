@@ -3,7 +3,8 @@
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,7 @@ STORE_ALIKE = (
     "Load base and fine-tune with transformers and save both with `save_pretrained(DIRECTORY, "
     "save_original_format=False)`, which stores them alike."
 )
+PLAIN = frozenset({torch.bfloat16, torch.float16, torch.float32})
 OTHER_TOKENS = (
     "The vocabularies differ: the fine-tune added, removed or moved tokens. In a study or recipe, "
     "`vocabulary: union` matches rows by token; in a mergekit config, `tokenizer:` does."
@@ -75,6 +77,13 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
             f"vector {name!r}: {resolved.path}: is an empty directory. Expected a fine-tune, an "
             "adapter or a delta."
         )
+    with _naming_quantised(name, resolved.path, base):
+        return _open_resolved(name, source, resolved, base)
+
+
+def _open_resolved(
+    name: str, source: str, resolved: ResolvedModel, base: ResolvedModel
+) -> DistributionVector:
     checkpoint = Checkpoint(base.path)
     _refuse_leftover_quantization(base, checkpoint)
     record = read_record_for_base(name, source, resolved.path, base)
@@ -97,6 +106,23 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     if vector.kind == "adapter" and record is None:
         warn_of_another_base(name, resolved.path, base)
     return vector
+
+
+@contextmanager
+def _naming_quantised(name: str, path: Path, base: ResolvedModel) -> Iterator[None]:
+    """Say of a vector that does not fit that it or its base is quantised, which may be why."""
+    try:
+        yield
+    except ModelError as error:
+        pair = {f"base_model {base.reference}": base.path, f"vector {name!r}": path}
+        found = {what: method for what, each in pair.items() if (method := _quantised_as(each))}
+        if not found:
+            raise
+        what, method = next(iter(found.items()))
+        raise type(error)(
+            f"{error} Besides, {what} is quantised ({method}), so its weights are codes, of "
+            "which no sum can be made. Give the model in 16 bits that it was made from."
+        ) from error
 
 
 def open_unaligned(name: str, source: str, base: ResolvedModel) -> DistributionVector:
@@ -427,8 +453,7 @@ def _refuse_leftover_quantization(base: ResolvedModel, checkpoint: Checkpoint) -
     merge would inherit that config.
     """
     method = _quantization_of(base.path)
-    floats = {torch.bfloat16, torch.float16, torch.float32}
-    if method and all(checkpoint.dtype(tensor) in floats for tensor in checkpoint.names):
+    if method and all(checkpoint.dtype(tensor) in PLAIN for tensor in checkpoint.names):
         raise ModelError(
             f"base_model {base.reference}: its config.json has a quantization_config ({method}), "
             "but its tensors are plain floats. transformers would quantise every merge when it "
@@ -455,7 +480,25 @@ def _quantization_of(path: Path) -> str:
     file = path / "config.json"
     settings = read_settings(file) if file.exists() else {}
     config = quantization_in(settings)
+    if config is None and isinstance(settings.get("quantization"), dict):
+        return "MLX"
     return str(config.get("quant_method") if isinstance(config, dict) else config or "")[:80]
+
+
+def _quantised_as(path: Path) -> str:
+    """Return the method by which a model is quantised; empty if its tensors are plain floats or it
+    cannot be read.
+    """
+    try:
+        method, stored = _quantization_of(path), Checkpoint(path)
+        is_plain = all(stored.dtype(name) in PLAIN for name in stored.names)
+    except OptimerError:
+        is_plain = False  # eight bits, which have no dtype here
+        try:
+            method = _quantization_of(path)
+        except OptimerError:
+            return ""
+    return "" if is_plain else method
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:

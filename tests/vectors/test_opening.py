@@ -424,3 +424,69 @@ def test_a_delta_with_an_unknown_tensor_is_refused(base, tuned, tmp_path):
 def test_a_source_that_does_not_exist_is_refused(base, tmp_path):
     with pytest.raises(ModelError, match="nowhere: no such file or directory"):
         open_vector("v", str(tmp_path / "nowhere"), base)
+
+
+QUANTISED = {  # how a program stores a linear layer as codes, and what config.json says
+    "bitsandbytes": (
+        lambda name, weight: {
+            name: torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8),
+            f"{name}.absmax": torch.ones(4),
+        },
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    ),
+    "gptq": (
+        lambda name, weight: {
+            name.replace("weight", "qweight"): torch.zeros(4, len(weight), dtype=torch.int32),
+            name.replace("weight", "scales"): torch.ones(1, len(weight)),
+        },
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    ),
+    "fp8": (
+        lambda name, weight: {
+            name: weight.to(torch.float8_e4m3fn),
+            f"{name}_scale_inv": torch.ones(1, 1),
+        },
+        {"quantization_config": {"quant_method": "fp8"}},
+    ),
+    "MLX": (
+        lambda name, weight: {
+            name: torch.zeros(len(weight), weight.shape[1] // 8, dtype=torch.int32),
+            name.replace("weight", "scales"): torch.ones(len(weight), 1),
+        },
+        {"quantization": {"group_size": 64, "bits": 4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("role", ["base_model", "vector"])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_an_error_of_a_quantised_model_says_that_it_is_quantised(
+    make_base, make_adapter, tmp_path, method, role
+):
+    store, settings = QUANTISED[method]
+    base = make_base("llama")
+
+    def quantise(tensors):
+        for name in [name for name in tensors if "_proj" in name]:
+            tensors |= store(name, tensors.pop(name))
+
+    codes = edit_weights(base.path, tmp_path / "codes", quantise)
+    config = json.loads((codes / "config.json").read_text()) | settings
+    (codes / "config.json").write_text(json.dumps(config))
+    of_codes = ResolvedModel(codes, "codes")
+    pair = (of_codes, make_adapter(base, 0)) if role == "base_model" else (base, codes)
+    what = "base_model codes" if role == "base_model" else "vector 'v'"
+    with pytest.raises(ModelError, match=rf"Besides, {what} is quantised \({method}\)"):
+        open_vector("v", str(pair[1]), pair[0])
+
+
+def test_an_adapter_of_another_program_is_named(make_base, tmp_path):
+    (tmp_path / "mlx").mkdir()
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}}
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {"model.layers.0.self_attn.q_proj.lora_a": torch.ones(32, 4)},
+        tmp_path / "mlx" / "adapters.safetensors",
+    )
+    with pytest.raises(ModelError, match="has no peft_type, so it is not one of PEFT's"):
+        open_vector("v", str(tmp_path / "mlx"), make_base("llama"))
