@@ -79,8 +79,8 @@ def _refuse_mergekit_only(linear: LinearMerge | None, flags: Sequence[str], path
     """Raise ConfigError for what only mergekit reads in a config, and for flags of its own."""
     if linear is None:
         raise ConfigError(
-            f"{path}: only mergekit can run this config (method, slices, filtered gradients). "
-            "Leave out --engine native."
+            f"{path}: only mergekit can run this config (method, slices, parameters of all). Leave "
+            "out --engine native."
         )
     if flags:
         raise ConfigError(
@@ -117,7 +117,7 @@ def _needs_writer(linear: LinearMerge) -> bool:
 
 def _skips_values(linear: LinearMerge) -> bool:
     """Whether a gradient has more values than the base has layers."""
-    most = max((each.n_anchors for each in linear.groups.values()), default=0)
+    most = max((each.n_values for each in linear.groups.values()), default=0)
     return most > 0 and most > count_layers(resolve_model(linear.base_model).path)
 
 

@@ -151,12 +151,24 @@ def _mistakes(config: Mapping[str, Any], path: Path, keys: Keys) -> Iterator[Mis
             yield at, f"{dotted}: field 'model' is missing."
         if isinstance(block, Mapping):
             yield from _number_mistakes(at, block)
+            yield from _slice_mistakes(at, block)
     for at, value in models_of(config):
         try:
             model_name(value, path.resolve().parent)
         except ValueError as error:
             yield at, f"{'.'.join(map(str, at))}: {error}"
     yield from _template_mistakes(config.get("chat_template"), keys)
+
+
+def _slice_mistakes(at: Place, block: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield what a slice or one of its sources lacks."""
+    dotted = ".".join(map(str, at))
+    if at[-2:-1] == ("slices",) and not (
+        isinstance(block.get("sources"), list) and block["sources"]
+    ):
+        yield at, f"{dotted}: field 'sources' is missing. Give a list of models with layer_range."
+    if at[-2:-1] == ("sources",) and block.get("layer_range") is None:
+        yield at, f"{dotted}: field 'layer_range' is missing. Give [first, end] of its layers."
 
 
 def _template_mistakes(template: Any, keys: Keys) -> Iterator[Mistake]:

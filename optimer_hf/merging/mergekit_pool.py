@@ -12,7 +12,16 @@ from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import field_path
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName, model_name, with_models
-from optimer_hf.vectors.groups import ELSE, GRADIENT, Groups, is_filter, weights_of_groups
+from optimer_hf.merging.mergekit_settings import (
+    WHOLE,
+    Setting,
+    can_split,
+    is_zero,
+    rules_of,
+    setting_of,
+    table_of,
+)
+from optimer_hf.vectors.groups import Groups, weights_of_groups
 
 INT8 = "int8"  # kind of the deltas that mergekit cannot read
 WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
@@ -51,8 +60,9 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
         raise _mistake(
             path,
             ("modules",),
-            "has the models of each part of a model, and the layers of several parts cannot be "
-            "told apart. List the vectors under `models:` to search their weights.",
+            "has the models of each part of a model. List them once under `models:`, with a filter "
+            "for each part in `weight` (such as `{filter: vision_tower, value: 0.5}`), and each is "
+            "searched.",
         )
     for where, name in _entries_for_mergekit(config, path):
         found = f"found {str(name)!r}"
@@ -248,35 +258,14 @@ def _weights_and_groups(
         if "weight" not in parameters:
             message = f"models: {name}: parameters.weight is missing. Give this vector a weight."
             raise ConfigError(list_mistakes(path, [(place, message)]))
-        setting = parameters["weight"]
-        if not isinstance(setting, list | dict):
-            weights[name] = float(setting)
-            continue
-        if (values := read_setting(setting)) is None:
-            return None  # gradients within filters
-        groups[name] = Groups.of_keys(values)
-        names_of = groups[name].names_of(name)
-        weights |= {names_of[key]: value for key, value in values.items()}
-    return weights, groups
-
-
-def read_setting(setting: list[Any] | Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the weight of each group that filters or a gradient of mergekit stand for, by the key
-    of the group; None for gradients within filters, and for filters that no group can have.
-    """
-    items = setting if isinstance(setting, list) else [setting]
-    if not any(isinstance(item, Mapping) for item in items):
-        return {f"{GRADIENT}.{number + 1}": float(value) for number, value in enumerate(items)}
-    values: dict[str, float] = {}
-    for item in items:
-        key, value = item.get("filter"), item["value"]
-        key = ELSE if key in (None, "*") else str(key)
-        if isinstance(value, list) or not is_filter(key) or ELSE in (item.get("filter"),):
+        rules = rules_of(entry)
+        if not can_split(rules):
             return None
-        values.setdefault(key, float(value))
-        if key == ELSE:
-            break  # nothing is left for later filters
-    return values
+        values = table_of(rules)
+        weights |= {f"{name}.{key}" if key else name: value for key, value in values.items()}
+        if set(values) != {WHOLE}:
+            groups[name] = Groups.of_keys(values)
+    return weights, groups
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -316,41 +305,18 @@ def merge_config_of(
     return with_tokenizer(config, "union" if is_union else record.tokenizer_reference)
 
 
-Setting = float | list[Any]  # one number, filters with values, or a number for each layer
-
-
 def settings_of(
     names: Iterable[str],
     weights: Mapping[str, float],
     groups: Mapping[str, Groups],
     n_layers: int | None,
 ) -> dict[str, Setting]:
-    """Return the parameter `weight` of each vector as mergekit knows it. Groups by names are
-    filters; tensors outside of all have weight 0. Groups of layers are a gradient with a value for
-    each of `n_layers`, which mergekit takes as they are. A gradient is one.
-    """
-    settings: dict[str, Setting] = {}
-    for name in names:
-        own = weights_of_groups(name, groups.get(name), weights)
-        if name not in groups:
-            settings[name] = weights[name]
-        elif groups[name].filters:
-            filters = [{"filter": key, "value": value} for key, value in own.items() if key != ELSE]
-            settings[name] = [*filters, {"value": own.get(ELSE, 0.0)}]
-        elif groups[name].n_anchors:
-            settings[name] = list(own.values())
-        else:
-            assert n_layers is not None  # whoever has weights by layers knows their number
-            shares = (groups[name].shares(layer, n_layers) for layer in range(n_layers))
-            settings[name] = [own[key] for (key,) in shares]
-    return settings
-
-
-def is_zero(setting: Setting) -> bool:
-    """Whether a vector has weight 0 in every tensor."""
-    if not isinstance(setting, list):
-        return setting == 0
-    return not any(each["value"] if isinstance(each, Mapping) else each for each in setting)
+    """Return the parameter `weight` of each vector as mergekit knows it (see `setting_of`)."""
+    tables = {name: weights_of_groups(name, groups.get(name), weights) for name in names}
+    return {
+        name: setting_of(groups[name], own, n_layers) if name in groups else own[WHOLE]
+        for name, own in tables.items()
+    }
 
 
 def optimer_config(

@@ -5,7 +5,7 @@ value along the layers. Along the layers there are at most MOST_SEARCHED: more g
 that become so many, and more slices share weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from optimer_hf.files.text import quote
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName
 from optimer_hf.merging.mergekit_pool import (
-    Setting,
     base_of,
     entries_of,
     is_union,
@@ -30,8 +29,26 @@ from optimer_hf.merging.mergekit_pool import (
     settings_of,
     vector_names,
 )
+from optimer_hf.merging.mergekit_settings import (
+    WHOLE,
+    Rule,
+    Setting,
+    can_split,
+    conditions_of,
+    rules_of,
+    setting_in_run,
+    with_outside,
+)
 from optimer_hf.merging.mergekit_table import FIELDS, OF_TASK_ARITHMETIC
-from optimer_hf.vectors.groups import ELSE, GRADIENT, LAYERS, Groups, is_filter
+from optimer_hf.vectors.groups import (
+    ELSE,
+    GRADIENT,
+    LAYERS,
+    Groups,
+    join_key,
+    layer_of,
+    weights_of_groups,
+)
 from optimer_hf.vectors.record import read_record
 
 MOST_SEARCHED = 4  # weights of a vector along the layers
@@ -42,6 +59,12 @@ SPLIT = (
     "one weight is searched for each model, or for each filter, slice or value of a gradient of "
 )
 SPLIT += f"its `weight`, at most {MOST_SEARCHED} along the layers"
+
+OTHER_LAYERS = (
+    "A search keeps the layers of the base in order. To repeat or reorder layers, merge these "
+    "slices of the base alone and of each model alone (merge_method: passthrough), then search the "
+    "results under `models:`."
+)
 
 By = dict[str, dict[str, Any]]  # the groups of a vector, as in a study.yaml
 
@@ -86,12 +109,10 @@ def _refuse_other_slices(config: Mapping[str, Any], path: Path) -> None:
         seen: set[ModelName] = set()
         for index, source in enumerate(piece["sources"]):
             layers, name = source["layer_range"], model_name_in(source["model"], path)
-            if layers != piece["sources"][0]["layer_range"] or layers[0] != end:
+            is_first = layers == piece["sources"][0]["layer_range"]
+            if not is_first or layers[0] != end or layers[1] <= end:
                 expected = f"the layers from {end} on, of every model of the slice"
-                message = (
-                    f"layer_range: found {layers}, expected {expected}. One weight for each slice "
-                    "can be searched only where the merge has the layers of its base in order."
-                )
+                message = f"layer_range: found {layers}, expected {expected}. {OTHER_LAYERS}"
                 raise _mistake(path, (*at, "sources", index, "layer_range"), message)
             if name in seen:
                 raise _mistake(path, (*at, "sources", index), f"{name} is there twice.")
@@ -111,14 +132,142 @@ def _mistake(path: Path, place: Place, message: str) -> ConfigError:
     return ConfigError(list_mistakes(path, [(place, f"slices: {message}")]))
 
 
-def splits_to_search(config: Mapping[str, Any], path: Path) -> dict[str, By]:
-    """Return how vectors are split, by name, that have more than one weight to search."""
-    if len(config.get("slices") or []) > 1:
-        models = vector_names(config, path)
-        return {name: _by_slices(config, path, model) for name, model in models.items()}
-    settings = _settings_of_models(config, path)
-    splits = {name: _by_setting(setting) for name, setting in settings.items()}
-    return {name: by for name, by in splits.items() if by is not None}
+def splits_to_search(
+    config: Mapping[str, Any], path: Path, names: Collection[str] = ()
+) -> dict[str, By]:
+    """Return how vectors are split, by name, that have more than one weight to search. In several
+    slices, groups without any of the tensors that the base `names` are left out.
+
+    Raises ConfigError for filters that are in another order in another slice, where that matters.
+    """
+    pieces, runs = rules_of_pieces(config, path), _runs_to_search(config, path)
+    splits: dict[str, By] = {}
+    for vector in vector_names(config, path):
+        by: By = {}
+        for run in runs:
+            rules = [own for at in run.pieces if (own := pieces[at].get(vector)) is not None]
+            by |= _by_rules(rules, run)
+        if list(by) != [WHOLE]:
+            splits[vector] = _kept_groups(by, names) if len(runs) > 1 else by
+            _refuse_other_order(splits[vector], vector, names, path)
+    return splits
+
+
+def rules_of_pieces(config: Mapping[str, Any], path: Path) -> list[dict[str, list[Rule]]]:
+    """Return the rules for the weight of each vector in each slice that has it, by name; all models
+    together are one slice.
+    """
+    if not config.get("slices"):
+        entries = _entries_by_vector(config, path).items()
+        return [{name: rules_of(entry, config) for name, entry in entries}]
+    names = {model: name for name, model in vector_names(config, path).items()}
+    return [
+        {
+            names[model]: rules_of(source, piece, config)
+            for source in piece["sources"]
+            if (model := model_name_in(source["model"], path)) in names
+        }
+        for piece in config["slices"]
+    ]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Slices that share the weights of a vector: their layers as a key, how many values along them
+    are searched at most, and their numbers.
+    """
+
+    key: str
+    most: int
+    pieces: range
+
+
+def _runs_to_search(config: Mapping[str, Any], path: Path) -> list[_Run]:
+    """Return the runs of layers that have weights of their own: the slices or, if there are more
+    than a few and all have the same models, groups of slices.
+    """
+    ends = _ends_of(config)
+    if len(ends) < 2:
+        return [_Run("", min(MOST_SEARCHED, *ends or [MOST_SEARCHED]), range(1))]
+    models = [_models_in(piece, path) for piece in config["slices"]]
+    n = len(ends)
+    is_shared = n > MOST_SEARCHED and all(each == models[0] for each in models)
+    groups = [index * MOST_SEARCHED // n if is_shared else index for index in range(n)]
+    most = 1 if is_shared else max(1, MOST_SEARCHED // n)
+    runs, starts = [], [0, *ends]
+    for group in dict.fromkeys(groups):
+        at = [index for index in range(n) if groups[index] == group]
+        start, end = starts[at[0]], ends[at[-1]]
+        pieces = range(at[0], at[-1] + 1)
+        runs.append(_Run(f"{LAYERS}.{start}:{end}", min(most, end - start), pieces))
+    return runs
+
+
+def _by_rules(given: list[list[Rule]], run: _Run) -> By:
+    """Return the groups of a vector for its rules in the slices of a run. Where all leave it out,
+    its weight is 0.
+    """
+    if not given:
+        return {run.key: {"fixed": 0.0}}
+    rules = [rule for own in given for rule in own]
+    names = list(dict.fromkeys(rule.name for rule in rules if rule.name))
+    has_rest = any(not rule.name for rule in rules)
+    if not can_split(rules) or (len(names) == 1 and not has_rest and not run.key):
+        return {run.key: {}}
+    by: By = {}
+    for name in [*names, WHOLE] if has_rest or not names else names:
+        n = max((len(rule.values) for rule in rules if rule.name == name), default=1)
+        n = min(n, run.most)
+        key = Rule(name, ()).key(run.key, is_alone=not names)
+        by |= {join_key(key, GRADIENT): {"groups": n}} if n > 1 else {key: {}}
+    return by
+
+
+def _kept_groups(by: By, names: Collection[str]) -> By:
+    """Return the groups of runs that have any tensors among `names`, and those with a misspelt
+    name, which have none in any run.
+    """
+    groups = groups_of(by)
+    n_layers = groups.ends[-1]
+    split = groups.split(names, n_layers)
+    kept: By = {}
+    for key, group in zip(by, groups.members, strict=True):
+        parts = group.parts(groups.layers_of(group.run, n_layers))
+        is_known = group.takes_rest or any(group.name in name for name in names)
+        if not names or not is_known or any(split[part] for part in parts):
+            kept[key] = by[key]
+    return kept
+
+
+def groups_of(by: By) -> Groups:
+    """Return the groups that have these settings."""
+    keys: list[str] = []
+    for key, own in by.items():
+        keys += [f"{key}.{number + 1}" for number in range(own.get("groups", 0))] or [key]
+    return Groups.of_keys(keys)
+
+
+def _refuse_other_order(by: By, vector: str, names: Collection[str], path: Path) -> None:
+    """Raise ConfigError if a tensor has two filters of which one slice lacks the first, so that
+    its group there would be another one than with mergekit.
+    """
+    groups = groups_of(by)
+    n_layers = max(groups.ends, default=0)
+    for name in names if n_layers else ():
+        run = groups.run_of(layer_of(name), n_layers)
+        fitting = [each for each in groups.names if each in name]
+        own = next((each for each in fitting if _has_group(groups, run, each)), ELSE)
+        if groups.group_of(run, own) != groups.group_of(run, (*fitting, ELSE)[0]):
+            message = (
+                f"the weight of {vector} has the filters {fitting[0]!r} and {own!r}, both of which "
+                f"fit {name!r}, and the slice {run} lacks the first one. Give it in all slices."
+            )
+            raise _mistake(path, (), message)
+
+
+def _has_group(groups: Groups, run: str, name: str) -> bool:
+    found = groups.group_of(run, name)
+    return found is not None and found.name == name
 
 
 def place_of_vector(config: Mapping[str, Any], path: Path, vector: str) -> Place | None:
@@ -137,18 +286,6 @@ def _entries_by_vector(config: Mapping[str, Any], path: Path) -> dict[str, Mappi
     return dict(zip(vector_names(config, path), entries, strict=True))
 
 
-def _settings_of_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the `weight` of each vector of a config with at most one slice, by name: its own, that
-    of the slice or that of all.
-    """
-    piece = (config.get("slices") or [{}])[0]
-    settings = {}
-    for name, entry in _entries_by_vector(config, path).items():
-        blocks = [(each.get("parameters") or {}) for each in (entry, piece, config)]
-        settings[name] = next((b["weight"] for b in blocks if "weight" in b), None)
-    return settings
-
-
 def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
     """Return the vectors that an older version gave one weight whatever the config gave them: it
     ignored gradients, also within filters, the filter `*`, and a weight for all models. It refused
@@ -165,65 +302,26 @@ def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
 
 def _has_plain_filters(setting: Any) -> bool:
     """Whether a `weight` has filters, each with one number, and none for the rest by a name."""
-    filters = [item for item in _items(setting) if isinstance(item, Mapping)]
+    items = setting if isinstance(setting, list) else [setting]
+    filters = [item for item in items if isinstance(item, Mapping)]
     return bool(filters) and not any(
         isinstance(item.get("value"), list) or item.get("filter") == "*" for item in filters
     )
 
 
-def _items(setting: Any) -> list[Any]:
-    return setting if isinstance(setting, list) else [setting]
-
-
-def _by_setting(setting: Any) -> By | None:
-    """Return the groups for a `weight`; None for one number."""
-    items = _items(setting)
-    if not any(isinstance(item, Mapping) for item in items):
-        n = min(len(items), MOST_SEARCHED)
-        return {GRADIENT: {"groups": n}} if n > 1 else None
-    keys: dict[str, dict[str, Any]] = {}
-    for item in items:
-        given = item.get("filter")
-        key = ELSE if given in (None, "*") else given
-        if given == ELSE or not is_filter(key):
-            return None
-        keys[key] = {}
-        if key == ELSE:
-            break  # nothing is left for later filters
-    return keys if len(keys) > 1 else None
-
-
-def _by_slices(config: Mapping[str, Any], path: Path, model: ModelName) -> By:
-    """Return the groups of a vector in a config with several slices. Where a slice leaves it out,
-    its weight is 0.
+def former_split(by: By) -> By:
+    """Return the groups that an older version made in place of `by`: one weight for each filter
+    whatever its values along the layers, and for each slice whatever its filters.
     """
-    by: By = {}
-    pieces, start = config["slices"], 0
-    for end in _ends_to_search(config, path):
-        inside = [piece for piece in pieces if start <= _range_of(piece)[0] < end]
-        is_there = any(model in _models_in(piece, path) for piece in inside)
-        by[f"{LAYERS}.{start}:{end}"] = {} if is_there else {"fixed": 0.0}
-        start = end
-    return by
-
-
-def _ends_to_search(config: Mapping[str, Any], path: Path) -> list[int]:
-    """Return the ends of the groups of layers: those of the slices or, if there are more than a few
-    and all have the same models, of runs of slices.
-    """
-    ends = _ends_of(config)
-    models = [_models_in(piece, path) for piece in config["slices"]]
-    if len(ends) <= MOST_SEARCHED or any(each != models[0] for each in models):
-        return ends
-    n = len(ends)
-    groups = [index * MOST_SEARCHED // n for index in range(n)]
-    return [
-        end for end, own, after in zip(ends, groups, [*groups[1:], -1], strict=True) if own != after
-    ]
+    groups = groups_of(by)
+    keys = list(zip(by, groups.members, strict=True))
+    if any(groups.runs):
+        return {g.run: {k: v for k, v in by[key].items() if k == "fixed"} for key, g in keys}
+    return {group.name: {} for _, group in keys} if groups.names else by
 
 
 def _ends_of(config: Mapping[str, Any]) -> list[int]:
-    return [_range_of(piece)[1] for piece in config["slices"]]
+    return [_range_of(piece)[1] for piece in config.get("slices") or []]
 
 
 def _range_of(piece: Mapping[str, Any]) -> list[int]:
@@ -238,21 +336,27 @@ def _models_in(piece: Mapping[str, Any], path: Path) -> set[ModelName]:
 # -- what is not -----------------------------------------------------------------------------------
 
 
-def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
+def unsearched_settings(config: Mapping[str, Any], path: Path) -> list[str]:
     """Return the settings of a config that a search ignores, by field: everything beyond the
     numbers that it searches and the tokenizer of a model or of all.
     """
     ignored = []
     if config["merge_method"] not in METHODS:
         ignored.append(f"merge_method: {config['merge_method']}")
-    n_slices = len(config.get("slices") or [])
-    blocks = [("", config)]
-    blocks += [(f"slices.{n}", piece) for n, piece in enumerate(config.get("slices") or [])]
-    blocks += [(f"{at[0]}: {_text(each['model'])}", each) for at, each in entries_of(config)]
-    for where, block in blocks:
+    most = [(run, at) for run in _runs_to_search(config, path) for at in run.pieces]
+    most_in = {at: run.most for run, at in most}
+    blocks: list[tuple[str, Sequence[Any], Mapping[str, Any], int]] = [("", [], config, most_in[0])]
+    for number, piece in enumerate(config.get("slices") or []):
+        blocks.append((f"slices.{number}", [], piece, most_in[number]))
+    for at, entry in entries_of(config):
+        piece = config["slices"][at[1]] if at[0] == "slices" else {}
+        n = most_in[int(at[1])] if at[0] == "slices" else most_in[0]
+        blocks.append((f"{at[0]}: {_text(entry['model'])}", [entry, piece, config], entry, n))
+    for where, levels, block, n in blocks:
         for name, value in (block.get("parameters") or {}).items():
-            if (note := _what_is_unsearched(name, value, n_slices)) is not None:
-                ignored.append(f"{where}: parameters.{name}{note}".removeprefix(": "))
+            if (note := _what_is_unsearched(name, value, rules_of(*levels or [block]), n)) is None:
+                continue
+            ignored.append(f"{where}: parameters.{name}{note}".removeprefix(": "))
     if makes_tokenizer(config) and not is_union(config):
         field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
         ignored.append(f"{field}: {quote(config.get(field))}")
@@ -261,23 +365,21 @@ def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(ignored))
 
 
-def _what_is_unsearched(name: str, value: Any, n_slices: int) -> str | None:
-    """Return what of a parameter a search ignores, to be read after its name; None: nothing."""
+def _what_is_unsearched(name: str, value: Any, rules: list[Rule], most: int) -> str | None:
+    """Return what of a parameter a search ignores, to be read after its name; None: nothing. The
+    `rules` are those of the weight with what other levels add, of which `most` values are searched.
+    """
     if name == "int8_mask" or (name == "normalize" and value is False):
         return None  # a search does not normalise, either
     if name not in ("weight", "delta"):
         return ""
     if not isinstance(value, list | Mapping):
         return None
-    items = _items(value)
-    if n_slices > 1:
-        return " (more than one number in a slice)"
-    if not any(isinstance(item, Mapping) for item in items):
-        return f" ({len(items)} values)" if len(items) > MOST_SEARCHED else None
-    if _by_setting(value) is None:
+    if not can_split(rules) or [bool(rule.name) for rule in rules] == [True]:
         return " (filters that do not split the model)"
-    has_gradients = any(isinstance(item.get("value"), list) for item in items)
-    return " (gradients within filters)" if has_gradients else None
+    given = (each for _, each in conditions_of(value) if isinstance(each, list))
+    n = max(map(len, given), default=1)
+    return f" ({n} values)" if n > most else None
 
 
 def _text(value: Any) -> str:
@@ -289,13 +391,14 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Layers:
-    """How vectors are split, by name, the number of layers of their base, and what the names of
-    tensors in its layers begin with.
+    """How vectors are split, by name, the number of layers of their base, what the names of tensors
+    in its layers begin with, and the names of those outside of them.
     """
 
     groups: Mapping[str, Groups] = field(default_factory=dict)
     number: int | None = None
     stack: str | None = None
+    outside: Collection[str] = ()
 
 
 def with_weights(
@@ -380,14 +483,13 @@ def _slices_with(
     for piece, table in zip(config["slices"], tables, strict=True):
         for name, groups in layers.groups.items():
             if groups.ends:
-                (key,) = groups.shares(_range_of(piece)[0], groups.ends[-1])
-                table[name] = weights[groups.names_of(name)[key]]
+                run = groups.run_of(_range_of(piece)[0], groups.ends[-1])
+                own = weights_of_groups(name, groups, weights)
+                table[name] = setting_in_run(groups, run, own)
     # What is in no layer has the weight of the first slice, as in a search. mergekit takes that of
     # the last one for the norm and the head of architectures that it knows.
     for name, first in tables[0].items():
-        if layers.stack is not None and tables[-1][name] != first:
-            inside = {"filter": layers.stack, "value": tables[-1][name]}
-            tables[-1][name] = [inside, {"value": first}]
+        tables[-1][name] = with_outside(tables[-1][name], first, layers.outside, layers.stack)
     pieces = zip(config["slices"], tables, strict=True)
     return [_slice_with(piece, table, config, path, written) for piece, table in pieces]
 

@@ -5,26 +5,19 @@ A config and the groups that are searched come in; weights by name go out, which
 mergekit makes of the config, up to rounding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName
-from optimer_hf.merging.mergekit_pool import (
-    base_of,
-    model_name_in,
-    read_setting,
-    vector_names,
-)
-from optimer_hf.merging.mergekit_search import METHODS, By
+from optimer_hf.merging.mergekit_pool import base_of, model_name_in, vector_names
+from optimer_hf.merging.mergekit_search import METHODS, By, groups_of
+from optimer_hf.merging.mergekit_settings import WHOLE, Rule, Table, can_split, rules_of, table_of
 from optimer_hf.merging.mergekit_table import PARAMETERS
-from optimer_hf.vectors.groups import ELSE, GRADIENT, RUN_KEY
+from optimer_hf.vectors.groups import ELSE, GRADIENT, GRADIENT_KEY, INSIDE, Groups, join_key
 
-WHOLE = ""  # key of the one weight of a vector that is not split
 NEAR_ZERO = 1e-8  # sums of weights that mergekit does not divide by
-
-Table = dict[str, float]  # weights of a model, by the key of their group
 
 
 def lacks_weights(config: Mapping[str, Any], path: Path) -> bool:
@@ -33,39 +26,34 @@ def lacks_weights(config: Mapping[str, Any], path: Path) -> bool:
         return False
     base = base_of(config, path)
     return any(
-        model != base and _setting(entry, piece, config) is None
+        model != base and not rules_of(entry, piece, config)
         for piece in _pieces(config)
         for model, entry in _entries(piece, path)
     )
 
 
 def weights_of_config(
-    config: Mapping[str, Any], path: Path, splits: Mapping[str, By]
+    config: Mapping[str, Any],
+    path: Path,
+    splits: Mapping[str, By],
+    outside: Collection[str] = (),
 ) -> dict[str, float] | None:
     """Return the weights of the pool that give the merge of a config; None if there are none: its
     method is not a weighted sum, or it has more numbers than are searched. `splits` has the groups
-    of the vectors that have any.
+    of the vectors that have any, `outside` the names of the base's tensors that are in no layer.
     """
     if config["merge_method"] not in METHODS:
         return None
     pieces = [_weights_of_piece(piece, config, path) for piece in _pieces(config)]
-    tables = {name: _joined(name, pieces, splits, config) for name in vector_names(config, path)}
     weights: dict[str, float] = {}
-    for name, table in tables.items():
-        keys = _keys(splits.get(name))
+    for name in vector_names(config, path):
+        groups = groups_of(splits[name]) if name in splits else None
+        table = _joined(name, pieces, groups, config, outside)
+        keys = [WHOLE] if groups is None else groups.keys
         if table is None or set(table) != set(keys):
             return None
         weights |= {f"{name}.{key}" if key else name: table[key] for key in keys}
     return weights
-
-
-def _keys(by: By | None) -> list[str]:
-    """Return the keys of the weights of a vector with these groups."""
-    if by is None:
-        return [WHOLE]
-    if (counted := by.get(GRADIENT, {}).get("groups")) is not None:
-        return [f"{GRADIENT}.{number + 1}" for number in range(counted)]
-    return list(by)
 
 
 def _pieces(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -96,7 +84,7 @@ def _weights_of_piece(
     base, names = base_of(config, path), vector_names(config, path)
     by_model = {model: name for name, model in names.items()}
     given = [
-        (model, _table(_setting(each, piece, config))) for model, each in _entries(piece, path)
+        (model, _table(rules_of(each, piece, config))) for model, each in _entries(piece, path)
     ]
     if not config.get("slices"):  # a pool may have a model twice, under two names
         own = iter(names)
@@ -105,20 +93,16 @@ def _weights_of_piece(
         tables = {by_model[model]: table for model, table in given if model != base}
     of_base = next((table for model, table in given if model == base), None)
     if of_base is None and not config.get("slices"):
-        of_base = _table(_setting(config))  # mergekit adds the base to a list of models
+        of_base = _table(rules_of(config))  # mergekit adds the base to a list of models
     known = {name: table for name, table in tables.items() if table is not None}
     return _scaled(known, of_base, piece, config) if len(known) == len(tables) else None
 
 
-def _table(setting: Any) -> Table | None:
+def _table(rules: list[Rule]) -> Table | None:
     """Return the weights in a setting by group; None if it leaves tensors without one."""
-    if isinstance(setting, int | float):
-        return {WHOLE: float(setting)}
-    if not isinstance(setting, list | Mapping) or (values := read_setting(setting)) is None:
+    if not can_split(rules) or not rules or rules[-1].name:
         return None
-    if ELSE not in values and not all(key.startswith(f"{GRADIENT}.") for key in values):
-        return None
-    return {WHOLE: values.popitem()[1]} if len(values) == 1 else values
+    return table_of(rules)
 
 
 def _scaled(
@@ -189,31 +173,52 @@ def _divided(
 def _joined(
     name: str,
     pieces: list[dict[str, Table] | None],
-    splits: Mapping[str, By],
+    groups: Groups | None,
     config: Mapping[str, Any],
+    outside: Collection[str],
 ) -> Table | None:
     """Return the weights of a vector from those in each slice; None if one number of the search is
     for several. A slice without the vector has 0.
     """
     if len(pieces) == 1:
         return None if pieces[0] is None else pieces[0].get(name)
-    values: list[float] = []
-    for piece in pieces:
-        table = None if piece is None else piece.get(name, {WHOLE: 0.0})
-        if table is None or list(table) != [WHOLE]:
-            return None
-        values.append(table[WHOLE])
-    if values[0] != values[-1]:  # mergekit takes norm and head from the last slice, we the first
+    assert groups is not None  # several slices split every vector
+    tables = [None if piece is None else piece.get(name, {WHOLE: 0.0}) for piece in pieces]
+    first, last = tables[0], tables[-1]
+    if any(table is None for table in tables) or first is None or last is None:
         return None
-    joined: dict[str, set[float]] = {key: set() for key in splits.get(name, {})}
-    for piece, value in zip(config["slices"], values, strict=True):
-        joined[_run_of(piece["sources"][0]["layer_range"][0], joined)].add(value)
+    if any(_at_start(first, tensor) != _at_start(last, tensor) for tensor in outside):
+        return None  # mergekit takes norm and head from the last slice, we from the first
+    joined: dict[str, set[float]] = {}
+    for piece, table in zip(config["slices"], tables, strict=True):
+        run = groups.run_of(piece["sources"][0]["layer_range"][0], groups.ends[-1])
+        for key, value in (table or {}).items():
+            if (own := _key_in_run(key, run, groups)) is not None:
+                joined.setdefault(own, set()).add(value)
     if any(len(own) != 1 for own in joined.values()):
         return None
     return {key: own.pop() for key, own in joined.items()}
 
 
-def _run_of(layer: int, keys: Mapping[str, Any]) -> str:
-    """Return the group that a layer belongs to, of keys such as `layers.0:8`."""
-    runs = {key: match for key in keys if (match := RUN_KEY.fullmatch(key))}
-    return next(key for key, run in runs.items() if int(run[1]) <= layer < int(run[2]))
+def _at_start(table: Table, tensor: str) -> float:
+    """Return the weight that a table gives a tensor in no layer."""
+    return next(
+        (
+            value
+            for key, value in table.items()
+            if (name := key.split(INSIDE)[0]) in (WHOLE, ELSE)
+            or GRADIENT_KEY.fullmatch(name)
+            or name in tensor
+        ),
+        0.0,
+    )
+
+
+def _key_in_run(key: str, run: str, groups: Groups) -> str | None:
+    """Return the key of a weight in a run of layers; None for a filter that fits no tensor there,
+    which has no weight in a search.
+    """
+    name = key.split(INSIDE)[0]
+    is_filter = name != WHOLE and GRADIENT_KEY.fullmatch(name) is None
+    has_group = any(group.run == run and group.name == name for group in groups.members)
+    return None if is_filter and not has_group else join_key(run, key)

@@ -75,6 +75,7 @@ class Ingredient(FileModel):
     is a part of its name, and `else` is the rest. Or layers.1, layers.2, ...: that many groups of
     neighbouring layers, the first with what is in no layer; layers.0:8, layers.8:24: the same with
     their ends. Or gradient.1, gradient.2, ...: weights along the layers, interpolated between them.
+    Or all three, in this order: layers.0:8/mlp/gradient.1.
     """
     mixture: dict[str, Share] | None = Field(
         default=None,
@@ -88,10 +89,9 @@ class Ingredient(FileModel):
         if (self.weight is None) == (self.weights is None):
             fault = "it is missing" if self.weight is None else "'weights' is there, too"
             yield ("weight",), f"{fault}; give the weight, or in 'weights' that of each group"
-        elif self.groups is not None and self.groups.keys != list(self.weights or ()):
-            yield ("weights",), f"expected the groups {', '.join(self.groups.keys)}, in this order"
-        elif self.groups is not None and not self.groups.is_in_order:
-            yield ("weights",), "expected groups of layers in order"
+        elif self.groups is not None:
+            for key, message in self.groups.mistakes(list(self.weights or ())):
+                yield ("weights", key) if key else ("weights",), message
 
     @property
     def groups(self) -> Groups | None:

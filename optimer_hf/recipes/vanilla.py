@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from optimer_hf.files.staging import finish_move
-from optimer_hf.merging.mergekit_pool import is_zero, settings_of, vanilla_config
+from optimer_hf.merging.mergekit_pool import settings_of, vanilla_config
+from optimer_hf.merging.mergekit_settings import is_zero
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests

@@ -16,7 +16,7 @@ from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml, yaml_text
 from optimer_hf.files.reference import relative_reference
-from optimer_hf.merging.mergekit_keys import is_for_mergekit
+from optimer_hf.merging.mergekit_keys import is_for_mergekit, keep_read_keys
 from optimer_hf.merging.mergekit_pool import (
     is_union,
     merge_config_of,
@@ -29,6 +29,7 @@ from optimer_hf.merging.mergekit_search import (
     SPLIT,
     By,
     Layers,
+    former_split,
     place_of_vector,
     pool_to_search,
     refuse_other_depth,
@@ -39,11 +40,17 @@ from optimer_hf.merging.mergekit_search import (
     with_weights,
 )
 from optimer_hf.merging.mergekit_weights import lacks_weights, weights_of_config
-from optimer_hf.merging.mergekit_yaml import read_merge_config
+from optimer_hf.merging.mergekit_yaml import known_keys, read_keys, read_merge_config
 from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
-from optimer_hf.study.config import LARGEST_WEIGHT, Baselines, SearchConfig, StudyConfig
+from optimer_hf.study.config import (
+    LARGEST_WEIGHT,
+    Baselines,
+    SearchConfig,
+    StudyConfig,
+    VectorConfig,
+)
 from optimer_hf.study.trials import STUDY_FILE
 from optimer_hf.vectors.layers import layers_for
 
@@ -96,13 +103,14 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     """Return the study whose pool is the models of a mergekit YAML, with the objective and the
     sealed test of two objective files.
     """
+    keys, target = known_keys(), _read_objective(objective)
+    given, ignored = read_keys(path, keys)
+    refuse_absent_files({path: with_absolute_references(given, path), objective: target})
+    pool_to_search(keep_read_keys(given, ignored, keys), path)  # before mergekit is imported
     data = read_merge_config(path)
-    target = _read_objective(objective)
-    refuse_absent_files({path: with_absolute_references(data, path), objective: target})
-    (base, sources), splits = pool_to_search(data, path), splits_to_search(data, path)
-    if data.get("slices"):
-        refuse_other_depth(data, path, count_layers(resolve_model(base).path))
-    if dropped := unsearched_settings(data):
+    base, sources = pool_to_search(data, path)
+    splits = _splits_of(data, path, base)
+    if dropped := unsearched_settings(data, path):
         logger.warning("%s: %s. Ignored: %s", path, SPLIT, ", ".join(dropped))
     fields = {
         "base_model": base,
@@ -115,23 +123,44 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     if test is not None:
         fields["test"] = _read_objective(test)
         refuse_absent_files({test: fields["test"]})
-        fields["baselines"] = {"weights": _rows_of_own_weights(data, path, splits)}
+        fields["baselines"] = {"weights": _rows_of_own_weights(data, path, base, splits)}
     if is_union(data):
         fields["vocabulary"] = "union"
     if (reference := tokenizer_of(data, path)) is not None:
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)
-    return parse(StudyConfig, fields, path)
+    config = parse(StudyConfig, fields, path)
+    if splits:
+        logger.info(
+            "%s: %d weights are searched: %s", path, len(config.free), ", ".join(config.free)
+        )
+    return config
+
+
+def _splits_of(data: Mapping[str, Any], path: Path, base: str) -> dict[str, By]:
+    """Return how the vectors of a mergekit YAML are split, by name. Slices are compared with the
+    layers of the base and the names of its tensors.
+    """
+    if not data.get("slices"):
+        return splits_to_search(data, path)
+    from optimer_hf.models.checkpoint import Checkpoint  # imports torch
+
+    model = resolve_model(base).path
+    refuse_other_depth(data, path, count_layers(model))
+    return splits_to_search(data, path, Checkpoint(model).names)
 
 
 def _rows_of_own_weights(
-    config: Mapping[str, Any], path: Path, splits: Mapping[str, By]
+    config: Mapping[str, Any], path: Path, base: str, splits: Mapping[str, By]
 ) -> dict[str, dict[str, float]]:
     """Return the row of the sealed test for what a mergekit YAML merges as it stands; none if it
     leaves weights out. Logs how to compare with its merge if no weights of the search give it.
     """
+    from optimer_hf.vectors.splitting import names_outside  # imports torch
+
     title = f"as in {path.name}"
-    weights = weights_of_config(config, path, splits)
+    outside = names_outside(resolve_model(base).path) if config.get("slices") else []
+    weights = weights_of_config(config, path, splits, outside)
     if weights is not None and all(abs(each) <= LARGEST_WEIGHT for each in weights.values()):
         return {title: weights}
     if not lacks_weights(config, path):
@@ -152,22 +181,27 @@ def _keep_as_begun(config: StudyConfig, path: Path, record: Path) -> StudyConfig
     """
     begun = StudyConfig.read_record(record).vectors if record.exists() else {}
     once_whole = vectors_once_whole(read_merge_config(path, warns=False), path)
-    kept = [
-        name
-        for name, vector in config.vectors.items()
-        if vector.by is not None and name in once_whole and name in begun and begun[name].by is None
-    ]
+    kept = {}
+    for name, vector in config.vectors.items():
+        if vector.by is None or name not in begun or begun[name].by == vector.by:
+            continue
+        given = {key: group.model_dump(exclude_none=True) for key, group in vector.by.items()}
+        former = vector.model_copy(update={"by": None})
+        if begun[name].by is not None:
+            fields = vector.model_dump() | {"by": former_split(given)}
+            former = VectorConfig.model_validate(fields)
+        if former.by == begun[name].by and (former.by is not None or name in once_whole):
+            kept[name] = former
     if not kept:
         return config
     logger.warning(
-        "%s: the study in %s began with one weight for %s, and goes on so. Search in another "
+        "%s: the study in %s began with fewer weights for %s, and goes on so. Search in another "
         "directory for each of its values.",
         path,
         record.parent,
         ", ".join(kept),
     )
-    whole = {name: config.vectors[name].model_copy(update={"by": None}) for name in kept}
-    changes = {"vectors": config.vectors | whole, "baselines": Baselines()}  # that name the groups
+    changes = {"vectors": config.vectors | kept, "baselines": Baselines()}  # that name the groups
     return config.model_copy(update=changes)
 
 
@@ -240,14 +274,15 @@ def merge_config_of_study(
     is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
     local models are seen from its folder.
     """
-    from optimer_hf.vectors.splitting import stack_of  # imports torch
+    from optimer_hf.vectors.splitting import names_outside, stack_of  # import torch
 
     base = resolve_model(config.base_model)
     n_layers = layers_for(config.groups, base) or None
     if is_for_mergekit(read_yaml(path)):
         given = read_merge_config(path, warns=False)
         stack = stack_of(base.path) if n_layers else None
-        layers = Layers(config.groups, n_layers, stack)
+        outside = names_outside(base.path) if n_layers else []
+        layers = Layers(config.groups, n_layers, stack, outside)
         return with_weights(given, path, weights, kinds, layers)
     folder = path.resolve().parent
     vectors = {

@@ -23,12 +23,11 @@ from optimer_hf.models.union import Vocabulary
 from optimer_hf.scoring.objective import Objective, Term, split_of
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 from optimer_hf.vectors.groups import (
-    ELSE,
     GRADIENT,
+    INSIDE,
     LAYERS,
     Groups,
     confusable_names,
-    is_filter,
 )
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
@@ -87,8 +86,8 @@ class GroupConfig(FileModel):
         examples=[3],
         json_schema_extra={"unit": "groups"},
     )
-    """Under `layers` or `gradient` alone: the number of groups of neighbouring layers, or of values
-    along the layers.
+    """Under `layers` alone, the number of groups of neighbouring layers; under `gradient` alone, or
+    after a group (mlp/gradient), the number of values along the layers.
     """
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -96,22 +95,24 @@ class GroupConfig(FileModel):
             yield from _mistakes_of_bounds(self.bounds)
 
 
-COUNTED = (LAYERS, GRADIENT)  # groups that are given by their number
-
-
 def _expand_groups(value: Any) -> Any:
     """Return groups as a mapping: a list names them, an empty group has the defaults, and a number
-    under `layers` or `gradient` is that of its groups.
+    under `layers`, `gradient` or `NAME/gradient` is that of its groups.
     """
     if isinstance(value, list) and all(isinstance(key, str) for key in value):
         value = dict.fromkeys(value)
     if not isinstance(value, dict):
         return value
     expanded = {key: {} if group is None else group for key, group in value.items()}
-    for key in COUNTED:
-        if isinstance(n_groups := expanded.get(key), int | float):
+    for key, n_groups in expanded.items():
+        if _is_counted(key) and isinstance(n_groups, int | float):
             expanded[key] = {"groups": n_groups}
     return expanded
+
+
+def _is_counted(key: Any) -> bool:
+    """Whether groups under a key may be given by their number."""
+    return key == LAYERS or str(key).split(INSIDE)[-1] == GRADIENT
 
 
 NumberOfGroups = Annotated[int, Field(ge=2, le=MOST_GROUPS)]
@@ -123,6 +124,15 @@ By = Annotated[
         json_schema_input_type=dict[str, GroupConfig | NumberOfGroups | None] | list[str],
     ),
 ]
+
+
+def _given_keys(by: By) -> dict[str, str]:
+    """Return the key of each weight of groups, with the key that it is given by."""
+    keys: dict[str, str] = {}
+    for own, group in by.items():
+        n = group.groups or 0
+        keys |= {f"{own}.{number + 1}": own for number in range(n)} or {own: own}
+    return keys
 
 
 def _mistakes_of_shares(shares: Mapping[str, float] | str) -> Iterator[Mistake]:
@@ -173,7 +183,8 @@ class VectorConfig(FileModel):
     the last one, takes the rest; each may have its own `bounds` or `fixed`. Or {layers: N}: N
     groups of neighbouring layers, the first with what is in no layer; or [layers.0:8, layers.8:24],
     with the ends of each. Or {gradient: N}: N weights along the layers, between which those of the
-    layers are interpolated, as with mergekit's gradients. Two or three groups are enough to begin
+    layers are interpolated, as with mergekit's gradients. All three together, in this order:
+    layers.0:8/mlp, mlp/gradient, layers.0:8/mlp/gradient. Two or three groups are enough to begin
     with, as each is one more weight to search.
     """
 
@@ -193,51 +204,26 @@ class VectorConfig(FileModel):
     def _mistakes_of_groups(self, by: By) -> Iterator[Mistake]:
         if self.fixed is not None:
             yield ("fixed",), "with 'by', each group has its own; give it there"
-        if self._counted is not None:
+        whole = next((key for key in (LAYERS, GRADIENT) if key in by and by[key].groups), None)
+        if whole is not None:
             if len(by) > 1:
-                message = f"'{self._counted}' splits the whole vector; leave the other groups out"
+                message = f"'{whole}' splits the whole vector; leave the other groups out"
                 yield ("by",), message
             return
         for key, group in by.items():
-            if group.groups is not None:
+            if group.groups is not None and not _is_counted(key):
                 message = f"only '{LAYERS}' and '{GRADIENT}' have groups of their own; leave it out"
                 yield ("by", key, "groups"), message
         if len(by) == 1:
             yield ("by",), "one group is the whole vector; give two, or leave 'by' out"
-        groups = Groups.of_keys(by)
-        if groups.filters:
-            yield from self._mistakes_of_filters(by)
-        elif groups.keys != list(by) or not groups.is_in_order:
-            message = f"found {', '.join(by)}; expected each layer in one group, in order"
-            yield ("by",), message
-
-    def _mistakes_of_filters(self, by: By) -> Iterator[Mistake]:
-        for key in by:
-            if not is_filter(key):
-                message = f"found the group {key[:80]!r}; expected part of a tensor's name"
-                yield ("by", key), f"{message}, or '{ELSE}' for the rest"
-        if ELSE in list(by)[:-1]:
-            yield ("by", ELSE), "it takes every tensor, so it has to be the last group"
-
-    @property
-    def _counted(self) -> str | None:
-        """What splits the vector into a number of groups, if that is given."""
-        given = [key for key in COUNTED if key in (self.by or {}) and self._number_of(key)]
-        return given[0] if given else None
-
-    def _number_of(self, key: str) -> int:
-        return (self.by or {})[key].groups or 0
+        keys = list(_given_keys(by))
+        for key, message in Groups.of_keys(keys).mistakes(keys):
+            yield ("by", key) if key in by else ("by",), message
 
     @property
     def groups(self) -> Groups | None:
         """How the vector is split; None: it is whole."""
-        if self.by is None:
-            return None
-        if self._counted == LAYERS:
-            return Groups(n_layer_groups=self._number_of(LAYERS))
-        if self._counted == GRADIENT:
-            return Groups(n_anchors=self._number_of(GRADIENT))
-        return Groups.of_keys(list(self.by))
+        return None if self.by is None else Groups.of_keys(_given_keys(self.by))
 
     def weights_of(self, name: str) -> "dict[str, Range]":
         """Return the weights of the vector under its `name`, one or that of each group, each with
@@ -245,10 +231,11 @@ class VectorConfig(FileModel):
         """
         if self.groups is None or self.by is None:
             return {name: (self.bounds, self.fixed)}
-        given = {key: (group.bounds or self.bounds, group.fixed) for key, group in self.by.items()}
+        given = {key: self.by[own] for key, own in _given_keys(self.by).items()}
         names = self.groups.names_of(name)
         return {
-            weight: given.get(key) or given[str(self._counted)] for key, weight in names.items()
+            weight: (given[key].bounds or self.bounds, given[key].fixed)
+            for key, weight in names.items()
         }
 
     def with_fixed(self, name: str, weights: Mapping[str, float]) -> "VectorConfig":

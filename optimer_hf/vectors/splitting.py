@@ -9,7 +9,7 @@ from pathlib import Path
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.vectors.groups import ELSE, GRADIENT, LAYERS, OF_LAYER, Groups
+from optimer_hf.vectors.groups import ELSE, GRADIENT, LAYERS, OF_LAYER, Group, Groups, join_key
 from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.vector import (
     AdapterVector,
@@ -61,15 +61,18 @@ def restrict(vector: DistributionVector, name: str, tensors: Iterable[str]) -> D
 def _split_names(
     vector: str, groups: Groups, names: Iterable[str], base: ResolvedModel, idle: Collection[str]
 ) -> dict[str, list[str]]:
-    """Return the tensors in each group of a vector that moves `names` of a base."""
+    """Return the tensors in each part of a vector that moves `names` of a base."""
     where = f"vectors.{vector}.by"
+    n_layers = _count_layers(where, groups, base)
     try:
-        split = groups.split(names, _count_layers(where, groups, base))
+        split = groups.split(names, n_layers)
     except ValueError as error:
         raise ModelError(f"{where}: {error}.") from None
-    for key, weight in groups.names_of(vector).items():
-        if not groups.n_anchors and not split[key] and weight not in idle:
-            raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
+    for group in groups.members:
+        parts = group.parts(groups.layers_of(group.run, n_layers))
+        is_idle = all(f"{vector}.{key}" in idle for key in group.keys)
+        if not is_idle and not any(split[part] for part in parts):
+            raise ModelError(f"{where}: {_why_empty(group, groups, names)}")
     if rest := split.pop("", []):
         raise ModelError(
             f"{where}: no group takes {rest[0]!r} ({len(rest)} tensors in all). Add a group "
@@ -84,9 +87,9 @@ def refuse_unknown_groups(vector: str, groups: Groups, base: ResolvedModel) -> N
     """
     where, names = f"vectors.{vector}.by", Checkpoint(base.path).names
     _count_layers(where, groups, base)
-    for key in groups.filters:
-        if key != ELSE and not any(key in name for name in names):
-            raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
+    for group in groups.members:
+        if not group.takes_rest and not any(group.name in name for name in names):
+            raise ModelError(f"{where}: {_why_empty(group, groups, names)}")
 
 
 def idle_weights(weights: Mapping[str, float]) -> set[str]:
@@ -102,37 +105,50 @@ def stack_of(base: Path) -> str | None:
     return next((match["stack"] for match in numbered if match and match["stack"]), None)
 
 
+def names_outside(base: Path) -> list[str]:
+    """Return the names of a model's tensors that are in no layer."""
+    return [name for name in Checkpoint(base).names if not OF_LAYER.match(name)]
+
+
 def _count_layers(where: str, groups: Groups, base: ResolvedModel) -> int:
     """Return the number of layers of a base, if groups need it. Raises ModelError for fewer layers
-    than groups, and for runs of layers that end elsewhere.
+    than groups or values along them, and for runs of layers that end elsewhere.
     """
     n_layers = layers_for({where: groups}, base)
-    if groups.least_layers > n_layers:
-        kind = GRADIENT if groups.n_anchors else LAYERS
-        number = groups.keys[-1] if groups.ends else groups.least_layers
+    n_runs = len(groups.runs) if any(groups.runs) and not groups.ends else 0
+    if n_runs > n_layers or max(groups.ends, default=0) > n_layers:
         raise ModelError(
-            f"{where}: found {kind}: {number}, but the base has {n_layers} layers. Give a smaller "
-            "number."
+            f"{where}: found {LAYERS}: {n_runs or groups.runs[-1]}, but the base has {n_layers} "
+            "layers. Give a smaller number."
         )
     if groups.ends and groups.ends[-1] < n_layers:
         raise ModelError(
             f"{where}: the groups end at layer {groups.ends[-1]}, but the base has {n_layers} "
             "layers. Make the last one end there."
         )
+    for group in groups.members:
+        n_own = len(groups.layers_of(group.run, n_layers))
+        if group.n_values > n_own:
+            found = f"{join_key(group.key, GRADIENT)}: {group.n_values}"
+            has = f"{group.run} is {n_own}" if group.run else f"the base has {n_layers}"
+            raise ModelError(f"{where}: found {found}, but {has} layers. Give a smaller number.")
     return n_layers
 
 
-def _why_empty(key: str, groups: Groups, names: Iterable[str]) -> str:
-    if key == ELSE:
+def _why_empty(group: Group, groups: Groups, names: Iterable[str]) -> str:
+    if group.run or (group.n_values and group.takes_rest):
+        return (
+            f"the vector moves nothing in the layers of group '{group.key or GRADIENT}'. Give "
+            "fewer groups."
+        )
+    if group.takes_rest:
         return f"'{ELSE}' has no tensors, as the other groups take all. Leave it out."
-    if groups.needs_layers:
-        return f"the vector moves nothing in the layers of group '{key}'. Give fewer groups."
-    example = next((name for name in sorted(names) if key in name), None)
+    example = next((name for name in sorted(names) if group.name in name), None)
     if example is None:
         some = ", ".join(sorted(_parts_of(names))[:20])
-        return f"no tensor has {key!r} in its name. Parts of names: {some}."
-    earlier = next(each for each in groups.filters if each in example)
-    return f"'{key}' has no tensors, as '{earlier}' before it takes them all. Put it first."
+        return f"no tensor has {group.name!r} in its name. Parts of names: {some}."
+    earlier = next(each for each in groups.names if each in example)
+    return f"'{group.name}' has no tensors, as '{earlier}' before it takes them all. Put it first."
 
 
 def _parts_of(names: Iterable[str]) -> set[str]:

@@ -27,8 +27,14 @@ SPLITS = {
     "layers": {"layers": 2},
     "runs": ["layers.0:1", "layers.1:2"],
     "gradient": {"gradient": 2},
+    "nested": ["layers.0:1/self_attn", "layers.0:1/else", "layers.1:2"],
+    "along": ["self_attn/gradient.1", "self_attn/gradient.2", "else"],
 }
-FOR_LORA = SPLITS | {"names": ["q_proj", "up_proj"]}
+FOR_LORA = SPLITS | {
+    "names": ["q_proj", "up_proj"],
+    "nested": ["layers.0:1", "layers.1:2/q_proj", "layers.1:2/else"],
+    "along": {"q_proj/gradient": 2, "up_proj/gradient": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def assert_built_scores_as_searched(study: Path, corpus_dir: Path, out: Path) ->
         assert scores[label]["score"] == pytest.approx(term.score, rel=1e-4)
 
 
-@pytest.mark.parametrize("split", ["gradient"])
+@pytest.mark.parametrize("split", ["along"])
 def test_a_killed_search_goes_on_and_its_model_scores_what_it_scored(
     split, sources, corpus_dir, tmp_path
 ):
@@ -96,11 +102,11 @@ def test_a_killed_search_goes_on_and_its_model_scores_what_it_scored(
     process.wait()
     optimer("search", path, killed)
     assert scores_in(killed) == scores_in(tmp_path / "whole")
-    assert len(scores_in(killed)[0][0]) == 4
+    assert len(scores_in(killed)[0][0]) == 7
     assert_built_scores_as_searched(killed, corpus_dir, tmp_path / "built")
 
 
-@pytest.mark.parametrize("split", ["layers"])
+@pytest.mark.parametrize("split", ["layers", "nested"])
 def test_a_search_without_a_vector_and_another_objective(split, sources, corpus_dir, tmp_path):
     path = write_study(
         tmp_path,
@@ -124,7 +130,7 @@ def test_a_search_without_a_vector_and_another_objective(split, sources, corpus_
     assert len(scores_in(tmp_path / "r")) > len(scores_in(tmp_path / "s"))
 
 
-@pytest.mark.parametrize("split", ["runs", "gradient"])
+@pytest.mark.parametrize("split", ["nested", "along"])
 def test_one_adapter_holds_the_groups_of_two(split, sources, corpus_dir, tmp_path):
     vectors = {
         name: {"source": sources[name], "by": FOR_LORA[split], "bounds": [-0.5, 1.0]}
@@ -141,7 +147,7 @@ def test_one_adapter_holds_the_groups_of_two(split, sources, corpus_dir, tmp_pat
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("split", ["names", "gradient"])
+@pytest.mark.parametrize("split", ["names", "along"])
 def test_tokens_that_the_base_lacks_join_groups(split, sources, corpus_dir, tmp_path):
     base = ResolvedModel(Path(sources["base"]), "base")
     save_tuned(base, tmp_path / "chat", with_tokens(base.path, [START, END]), seed=1)

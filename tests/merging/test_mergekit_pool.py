@@ -72,7 +72,7 @@ def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
             "models": [
                 {
                     "model": "./tuned",
-                    "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 1}]},
+                    "parameters": {"weight": [{"filter": "layers.3", "value": 1}, {"value": 1}]},
                 }
             ]
         },

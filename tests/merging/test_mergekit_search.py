@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3_5ForConditionalGeneration
 
 from optimer_hf.errors import ConfigError, ModelError, StudyError
 from optimer_hf.merging.mergekit_search import pool_to_search, unsearched_settings
@@ -33,7 +36,7 @@ from tests.support.merges import (
     tensors_in,
     write_config,
 )
-from tests.support.tiny import ulps_apart
+from tests.support.tiny import qwen35_multimodal, ulps_apart
 
 HEAD = "base_model: ./base   # theirs\nmerge_method: ties\ndtype: bfloat16\n"
 
@@ -105,13 +108,13 @@ models:
   - model: "./base+./lora"   # an adapter
     parameters: {weight: 1.0}
 """,
-        ["math.self_attn", "math.mlp", "math.else", "lora"],
+        ["math.self_attn/gradient.1", "math.self_attn/gradient.2", "math.mlp", "math.else", "lora"],
         lambda w, v, t: (
             w["lora"]
             if v == "lora"
-            else w[
-                "math.self_attn" if "self_attn" in t else "math.mlp" if "mlp" in t else "math.else"
-            ]
+            else interpolate([*w.values()][:2], t)
+            if "self_attn" in t
+            else w["math.mlp" if "mlp" in t else "math.else"]
         ),
         ["# attention", "# along the layers", "# the rest", "# an adapter"],
     ),
@@ -254,17 +257,17 @@ def test_a_search_names_what_it_does_not_keep_of_a_config():
             {"model": "d", "parameters": {"weight": [0, 1, 2, 3, 4]}},
             {"model": "e", "parameters": {"weight": filters}},
             {"model": "f"},
+            {"model": "g", "parameters": {"weight": [{"filter": "layers.3", "value": 1}]}},
         ],
     )
-    assert unsearched_settings(config) == [
+    assert unsearched_settings(config, Path("c.yml")) == [
         "merge_method: ties",
         "parameters.density",
-        "models: c: parameters.weight (filters that do not split the model)",
         "models: c: parameters.t",
         "models: d: parameters.weight (5 values)",
-        "models: e: parameters.weight (gradients within filters)",
+        "models: g: parameters.weight (filters that do not split the model)",
     ]
-    assert unsearched_settings(optimer_yaml()) == []
+    assert unsearched_settings(optimer_yaml(), Path("c.yml")) == []
 
 
 REPORTS = {  # the forms of configs in mergekit's issues 482, 284, 428, 469 and 23
@@ -406,7 +409,7 @@ LOW, HIGH = "{model: ./math, layer_range: [0, 2]}", "{model: ./math, layer_range
     [
         (
             sliced(HIGH, LOW),
-            r"c.yml:5: slices: layer_range: found \[2, 5\], expected the layers from 0",
+            r"c.yml:5: slices: layer_range: found \[2, 5\], expected the layers from 0 .*passthro",
         ),
         (
             sliced(LOW, LOW),
@@ -422,11 +425,11 @@ LOW, HIGH = "{model: ./math, layer_range: [0, 2]}", "{model: ./math, layer_range
         (sliced(LOW, HIGH, base="# base"), "field 'base_model' is missing"),
         (
             sliced().replace("slices:", "modules: {text: {models: [{model: ./math}]}}"),
-            "c.yml:4: modules: has the models of each part",
+            "c.yml:4: modules: has the models of each part.*with a filter for each part",
         ),
     ],
 )
-def test_slices_that_are_no_layers_in_order_are_refused(folder, text, message):
+def test_what_cannot_be_searched_is_refused(folder, text, message):
     path = folder / "c.yml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -449,6 +452,78 @@ def test_a_filter_that_fits_no_tensor_is_named_with_its_line(folder, tmp_path, w
     path.write_text(f"merge_method: linear\nbase_model: ./base\n{models}")
     with pytest.raises(ModelError, match=message):
         search_study(path, tmp_path / "s", objective=folder / "obj.yaml")
+
+
+def test_reordered_layers_are_merged_alone_and_then_searched(folder, tmp_path, monkeypatch):
+    """What the error advises gives the merge that mergekit makes of the slices."""
+    monkeypatch.chdir(folder)
+    layers = [("[3, 5]", "[0, 2]"), ("[0, 2]", "[1, 3]"), ("[1, 2]", "[4, 5]")]  # base's, math's
+    head = "base_model: ./base\ndtype: float32\nout_dtype: float32\n"
+    pieces = [
+        f"{{model: ./base, layer_range: {own}}}, "
+        f"{{model: ./math, layer_range: {other}, parameters: {{weight: 0.75}}}}"
+        for own, other in layers
+    ]
+    with pytest.raises(ConfigError, match="passthrough"):
+        (folder / "c.yml").write_text(sliced(*pieces))
+        study_of_merge_config(folder / "c.yml", folder / "obj.yaml")
+    lines = "".join(f"- {{sources: [{piece}]}}\n" for piece in pieces)
+    run_plain_mergekit(f"merge_method: task_arithmetic\n{head}slices:\n{lines}", tmp_path / "all")
+    for name, own in (("base", 0), ("math", 1)):
+        text = "".join(
+            f"- {{sources: [{{model: ./{name}, layer_range: {pair[own]}}}]}}\n" for pair in layers
+        )
+        alone = f"merge_method: passthrough\n{head}slices:\n{text}"
+        run_plain_mergekit(alone, folder / f"stacked-{name}")
+    path = folder / "stacked.yml"
+    path.write_text(
+        "merge_method: task_arithmetic\nbase_model: ./stacked-base\ndtype: float32\n"
+        "models: [{model: ./stacked-math, parameters: {weight: 0.5}}]\n"
+    )
+    config = study_of_merge_config(path, folder / "obj.yaml")
+    build_study(config, {"stacked-math": 0.75}, tmp_path / "ours")
+    assert_same_bits(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "all"))
+
+
+def test_modules_are_the_filters_that_the_error_advises(
+    save_model, corpus_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 0), ("math", 1)):
+        torch.manual_seed(seed)
+        model = Qwen3_5ForConditionalGeneration(qwen35_multimodal())
+        shutil.copytree(save_model(model, f"modules-{name}"), tmp_path / name)
+    head = "merge_method: task_arithmetic\nbase_model: ./base\ndtype: float32\n"
+    (tmp_path / "obj.yaml").write_text(f"terms: [{{text: {corpus_dir / 'aaa.search.jsonl'}}}]\n")
+    parts = {"model.visual.blocks": 0.2, "model.language_model.layers": 0.5, "default": 0.75}
+    entry = "{{models: [{{model: ./math, parameters: {{weight: {}}}}}, {{model: ./base}}]}}"
+    given = "".join(f"  {name}: {entry.format(weight)}\n" for name, weight in parts.items())
+    run_plain_mergekit(f"{head}modules:\n{given}", tmp_path / "theirs")
+    *filters, rest = parts.items()
+    items = ", ".join(f"{{filter: {name}, value: {weight}}}" for name, weight in filters)
+    setting = f"[{items}, {{value: {rest[1]}}}]"
+    path = tmp_path / "c.yml"
+    path.write_text(f"{head}models: [{{model: ./math, parameters: {{weight: {setting}}}}}]\n")
+    config = study_of_merge_config(path, tmp_path / "obj.yaml")
+    names = [f"math.{name}".replace("default", "else") for name in parts]
+    assert config.weight_names == names
+    build_study(config, dict(zip(names, parts.values(), strict=True)), tmp_path / "ours")
+    assert_same_bits(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs"))
+
+
+def test_it_is_refused_before_a_library_is_loaded(folder):
+    path = folder / "c.yml"
+    path.write_text(sliced(HIGH, LOW))
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from optimer_hf.searching.study_file import study_of_merge_config\n"
+        "try:\n    study_of_merge_config(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except Exception as error:\n    print(error)\n"
+        "print(sorted({'torch', 'mergekit', 'transformers'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, str(path), str(folder / "obj.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "layer_range: found [2, 5]" in result.stdout and result.stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize("has_weight", [False, True], ids=["left out", "with a weight"])
@@ -508,13 +583,47 @@ def test_a_study_that_began_with_one_weight_for_a_gradient_goes_on_so(
     path = folder / "c.yml"
     search_study(path, tmp_path / "s", **write_pool(path, math))
     objective = write_pool(path, math, code)
-    assert len(read_study(path, **objective).weight_names) == len(began) + 2
+    assert len(read_study(path, **objective).weight_names) > len(began) + 1
     assert "began" not in caplog.text
     study, merge_config = search_study(path, tmp_path / "s", **objective)
     assert study.config.weight_names == [*began, "code"]
     assert isinstance(merge_config["models"][1]["parameters"]["weight"], float)
     assert "# m" in merge_text(path, merge_config, "note")
-    assert "began with one weight for code, and goes on so" in caplog.text
+    assert "began with fewer weights for code, and goes on so" in caplog.text
+
+
+def in_slices(low: str, high: str) -> str:
+    given = ((LOW, low), (HIGH, high))
+    return sliced(*(f"{piece[:-1]}, parameters: {{weight: {text}}}}}" for piece, text in given))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "began"),
+    [
+        (in_slices("0.5", "1"), in_slices(PLAIN, INSIDE), ["math.layers.0:2", "math.layers.2:5"]),
+        (in_slices("0.5", "1"), in_slices("[0, 1]", "1"), ["math.layers.0:2", "math.layers.2:5"]),
+        (PLAIN, INSIDE, ["math.self_attn", "math.else", "code"]),
+    ],
+    ids=["filters within slices", "gradients within slices", "gradients within filters"],
+)
+def test_a_study_that_began_with_fewer_weights_goes_on_with_them(
+    folder, tmp_path, caplog, before, after, began
+):
+    """An older version gave one weight to each slice, and to each filter."""
+    path, arguments = folder / "c.yml", {"objective": folder / "obj.yaml", "n_trials": 3}
+    if "slices" in before:
+        path.write_text(before)
+    else:
+        write_pool(path, before)
+    search_study(path, tmp_path / "s", **arguments)
+    if "slices" in after:
+        path.write_text(after)
+    else:
+        write_pool(path, after)
+    assert len(read_study(path, **arguments).weight_names) > len(began)
+    study, _ = search_study(path, tmp_path / "s", **arguments)
+    assert study.config.weight_names == began
+    assert "began with fewer weights for math, and goes on so" in caplog.text
 
 
 def test_a_study_that_began_with_one_weight_is_not_one_of_filters(folder, tmp_path):

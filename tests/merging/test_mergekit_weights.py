@@ -25,7 +25,7 @@ def models(*weights: str, base: str | None = None, **parameters: str) -> str:
 def slices(*weights: tuple[str, str], parameters: str = "", base: bool = True) -> str:
     """Return slices of layers 0, 1-2, 3-4 with the weights of math and code."""
     text = "slices:\n"
-    for layers, (math, code) in zip(("[0, 1]", "[1, 3]", "[3, 5]"), weights, strict=True):
+    for layers, (math, code) in zip(("[0, 1]", "[1, 3]", "[3, 5]"), weights, strict=False):
         text += "- sources:\n"
         text += (
             f"  - {{model: ./base, layer_range: {layers}, parameters: {{weight: 0.5}}}}\n" * base
@@ -91,6 +91,27 @@ SAME = {  # method, config, weights that give the same merge
             **{"code.mlp": 0.1, "code.self_attn": 0.5 / 0.6, "code.else": 0.2 / 2.3},
         },
     ),
+    "gradients within filters": (
+        ARITHMETIC,
+        models("[{filter: mlp, value: [0, 1]}, {value: 0.5}]", "1"),
+        {"math.mlp/gradient.1": 0.0, "math.mlp/gradient.2": 1.0, "math.else": 0.5, "code": 1.0},
+    ),
+    "the rest of a filter, of all models": (
+        ARITHMETIC,
+        models("[{filter: mlp, value: 1}]", "", weight="[{filter: mlp, value: 9}, {value: 0.5}]"),
+        {"math.mlp": 1.0, "math.else": 0.5, "code.mlp": 9.0, "code.else": 0.5},
+    ),
+    "filters and gradients in slices": (
+        ARITHMETIC,
+        slices(("[{filter: mlp, value: 0.3}, {value: 0.5}]", ""), ("0.5", "1"))
+        .replace("[1, 3]", "[1, 5]")
+        .replace("weight: 1}", "weight: [0, 1]}"),
+        {
+            **{"math.layers.0:1/mlp": 0.3, "math.layers.0:1/else": 0.5, "math.layers.1:5": 0.5},
+            "code.layers.0:1": 0.0,
+            **{"code.layers.1:5/gradient.1": 0.0, "code.layers.1:5/gradient.2": 1.0},
+        },
+    ),
     "slices": (
         ARITHMETIC,
         slices(("0.5", "0.25"), ("1", ""), ("0.5", "0.25"), parameters="{lambda: 2}"),
@@ -143,11 +164,10 @@ NO_ROW = {
     "no sum": ("ties", models("0.5", "0.5")),
     "no weights at all": ("slerp", models("", t="0.5")),
     "five values": (ARITHMETIC, models("[0, 1, 2, 3, 4]", "1")),
-    "gradients within filters": (
+    "a filter that is no group": (
         ARITHMETIC,
-        models("[{filter: mlp, value: [0, 1]}, {value: 1}]", "1"),
+        models("[{filter: layers.3, value: 0}, {value: 1}]", "1"),
     ),
-    "no rest": (ARITHMETIC, models("[{filter: mlp, value: 1}]", "1", weight="0.5")),
     "gradients, divided by their sum": (LINEAR, models("[0, 1]", "[1, 1]", base="1")),
     "sums that differ by filter": (LINEAR, models(FILTERS, "1", base="1")),
     "the base three times": (LINEAR, models("1", "1", base="1", normalize="false")),

@@ -244,7 +244,19 @@ def test_what_mergekit_ignores_is_left_out_with_one_warning(world, caplog):
         (f"{AB}merge_method: ties\ndtype: fp16\n", "dtype: found 'fp16'"),
         (f"{AB}merge_method: linear\nchat_template: chatlm\n", "found 'chatlm'.*mean 'chatml'"),
         (f"{AB}merge_method: linear\n---\n{AB}", "found another document"),
-        (f"{AB}slices: [{{sources: []}}]\nmerge_method: linear\n", "Exactly one of"),
+        (
+            f"{AB}slices: [{{sources: [{{model: a, layer_range: [0, 1]}}]}}]\n"
+            "merge_method: linear\n",
+            "Exactly one of",
+        ),
+        (
+            "slices:\n- {sources: []}\nmerge_method: linear\n",
+            "2: slices.0: field 'sources' is miss",
+        ),
+        (
+            "slices:\n- sources:\n  - model: a\nmerge_method: linear\n",
+            "3: slices.0.sources.0: field 'layer_range' is missing",
+        ),
         ("experts: [{source_model: a}]\nbase_model: a\n", "a config for mergekit-moe"),
         ("models: [{model: {path: a}}]\nmerge_method: linear\n", r"models\.0\.model: .*'path'"),
         (

@@ -384,7 +384,7 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
     objective = tmp_path / "objective.yaml"
     objective.write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, objective).tokenizer_source == "it"
-    assert unsearched_settings(config) == []
+    assert unsearched_settings(config, Path("c.yml")) == []
     weights = {models["math"].name: 0.1, "it": 1.0}
     changed = with_weights(config, path, weights, dict.fromkeys(weights, "checkpoint"))
     assert yaml.safe_dump(changed).count("/it\n") == 2  # the model, and the tokenizer
@@ -403,7 +403,7 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
 )
 def test_a_search_names_what_it_does_not_keep_of_a_tokenizer(models, tmp_path, field, said):
     config = merge_config(models, tmp_path / "merge.yml", **field)
-    (setting,) = unsearched_settings(config)
+    (setting,) = unsearched_settings(config, Path("c.yml"))
     assert setting.startswith(said)
     assert linear_merge_of(config, tmp_path / "merge.yml") is None
 
@@ -417,7 +417,7 @@ def test_a_search_takes_over_the_union_of_a_merge_config(models, tmp_path, field
     (tmp_path / "x.jsonl").write_text('{"text": "aaa"}\n', encoding="utf-8")
     (tmp_path / "objective.yaml").write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, tmp_path / "objective.yaml").vocabulary == "union"
-    assert unsearched_settings(config) == []
+    assert unsearched_settings(config, Path("c.yml")) == []
     assert linear_merge_of(config, path).is_union
 
 

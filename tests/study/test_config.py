@@ -217,6 +217,21 @@ def test_settings_of_another_search_are_named_as_before():
         ({"gradient": 2}, ["w.gradient.1", "w.gradient.2"]),
         (["layers.0:8", "layers.8:24"], ["w.layers.0:8", "w.layers.8:24"]),
         ({"gradient.1": {"fixed": 0.5}, "gradient.2": None}, ["w.gradient.1", "w.gradient.2"]),
+        (
+            {"mlp/gradient": 2, "else": {"fixed": 0.5}},
+            ["w.mlp/gradient.1", "w.mlp/gradient.2", "w.else"],
+        ),
+        (
+            {"layers.0:8/mlp": None, "layers.0:8/else": None, "layers.8:24/gradient": 2},
+            [
+                *("w.layers.0:8/mlp", "w.layers.0:8/else"),
+                *("w.layers.8:24/gradient.1", "w.layers.8:24/gradient.2"),
+            ],
+        ),
+        (
+            ["layers.1/mlp", "layers.1/else", "layers.2"],
+            ["w.layers.1/mlp", "w.layers.1/else", "w.layers.2"],
+        ),
     ],
 )
 def test_a_vector_is_split_along_its_layers_in_several_ways(by, weights):
@@ -237,7 +252,13 @@ def test_a_vector_is_split_along_its_layers_in_several_ways(by, weights):
         (["layers.0:8", "layers.8:4"], "expected each layer in one group, in order"),
         (["layers.0:0", "layers.0:8"], "expected each layer in one group, in order"),
         (["gradient.2", "gradient.1"], "expected each layer in one group, in order"),
-        (["mlp", "layers.0:8"], "found the group 'layers.0:8'"),
+        (["mlp", "layers.0:8"], "expected each layer in one group, in order"),
+        (["layers.0:8/mlp", "layers.8:9", "layers.0:8/else"], "each layer in one group, in order"),
+        (["layers.0:8/mlp", "layers.0:8", "layers.8:9"], "found the group 'layers.0:8'; expected"),
+        (["layers.1/else", "layers.1/mlp", "layers.2"], "it takes every tensor"),
+        (["mlp/gradient.2", "mlp/gradient.1", "else"], "expected each layer in one group"),
+        (["mlp/gradient.1", "else"], "expected each layer in one group"),
+        (["mlp/up", "else"], "found the group 'mlp/up'"),
         (["mlp", "gradient.1"], "found the group 'gradient.1'"),
         (["else", "mlp"], "it takes every tensor"),
         (["mlp"], "one group is the whole vector"),

@@ -15,10 +15,15 @@ from optimer_hf.vectors.splitting import refuse_unknown_groups, split_pool
 from tests.support.merges import assert_same_bits, tensors_in
 from tests.support.tiny import VOCABULARY, whole_delta
 
-BY_NAME = Groups(("self_attn", "mlp", "else"))
-BY_LAYER = Groups(n_layer_groups=2)
-BY_RUN = Groups(ends=(1, 2))
-BY_GRADIENT = Groups(n_anchors=2)
+
+def numbered(kind: str, n: int) -> Groups:
+    return Groups.of_keys(f"{kind}.{number + 1}" for number in range(n))
+
+
+BY_NAME = Groups.of_keys(["self_attn", "mlp", "else"])
+BY_LAYER = numbered("layers", 2)
+BY_RUN = Groups.of_keys(["layers.0:1", "layers.1:2"])
+BY_GRADIENT = numbered("gradient", 2)
 WEIGHTS = {
     BY_NAME: {"math.self_attn": 0.3, "math.mlp": -0.8, "math.else": 1.1},
     BY_LAYER: {"math.layers.1": 0.3, "math.layers.2": -0.8},
@@ -58,7 +63,7 @@ def make_pool(make_base, make_tuned, make_adapter, tmp_path_factory):
 
 def groups_for(groups: Groups, kind: str) -> Groups:
     """Groups without `else` for a LoRA that moves nothing else."""
-    return Groups(("self_attn", "mlp")) if kind == "adapter" and groups.filters else groups
+    return Groups.of_keys(["self_attn", "mlp"]) if kind == "adapter" and groups.names else groups
 
 
 @pytest.mark.parametrize("groups", WEIGHTS, ids=["names", "layers", "runs", "gradient"])
@@ -128,14 +133,23 @@ def test_derivatives_of_groups_sum_to_that_of_the_vector_and_match_differences(m
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (Groups(("atn", "else")), r"no tensor has 'atn' in its name.*Parts.*self_attn"),
-        (Groups(("mlp", "up_proj", "else")), r"'up_proj' has no tensors, as 'mlp' before it"),
-        (Groups(("self_attn", "mlp")), r"no group takes 'lm_head.weight'.*'else'"),
-        (Groups(("model", "lm_head", "else")), r"'else' has no tensors, as the other groups"),
-        (Groups(n_layer_groups=9), r"found layers: 9, but the base has 2 layers"),
-        (Groups(n_anchors=9), r"found gradient: 9, but the base has 2 layers"),
-        (Groups(ends=(1, 3)), r"found layers: layers.1:3, but the base has 2 layers"),
-        (Groups(ends=(1,)), r"the groups end at layer 1, but the base has 2 layers"),
+        (Groups.of_keys(["atn", "else"]), r"no tensor has 'atn' in its name.*Parts.*self_attn"),
+        (
+            Groups.of_keys(["mlp", "up_proj", "else"]),
+            r"'up_proj' has no tensors, as 'mlp' before it",
+        ),
+        (Groups.of_keys(["self_attn", "mlp"]), r"no group takes 'lm_head.weight'.*'else'"),
+        (
+            Groups.of_keys(["model", "lm_head", "else"]),
+            r"'else' has no tensors, as the other groups",
+        ),
+        (numbered("layers", 9), r"found layers: 9, but the base has 2 layers"),
+        (numbered("gradient", 9), r"found gradient: 9, but the base has 2 layers"),
+        (
+            Groups.of_keys(["layers.0:1", "layers.1:3"]),
+            r"found layers: layers.1:3, but the base has 2 layers",
+        ),
+        (Groups.of_keys(["layers.0:1"]), r"the groups end at layer 1, but the base has 2 layers"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(make_pool, groups, message):
@@ -146,7 +160,7 @@ def test_groups_that_do_not_fit_are_refused(make_pool, groups, message):
 
 def test_groups_of_a_vector_to_be_trained_are_checked_against_the_base(make_pool):
     base, _ = make_pool("checkpoint")
-    refuse_unknown_groups("math", Groups(("self_attn", "mlp")), base)
-    for groups in (Groups(("atn", "else")), Groups(n_layer_groups=9)):
+    refuse_unknown_groups("math", Groups.of_keys(["self_attn", "mlp"]), base)
+    for groups in (Groups.of_keys(["atn", "else"]), numbered("layers", 9)):
         with pytest.raises(ModelError, match=r"vectors\.math\.by"):
             refuse_unknown_groups("math", groups, base)
