@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8  # per document
-LARGEST_SHIFTS = {True: 1e-3, False: 0.02}  # of logits, in standard deviations: float32, 16 bits
+LARGEST_SHIFT, LARGEST_SHIFT_16_BITS = 1e-3, 0.02  # of logits, in standard deviations
 LARGEST_CHANGE = 1e-4  # relative; masked tokens may change a hidden state by rounding only
 
 
@@ -62,7 +62,7 @@ def reads_ahead(model: "PreTrainedModel") -> bool:
         with torch.no_grad():
             one, other = _hidden_states(model, pair)[:, :-1]
         return not torch.equal(one, other) and _depends_on_last(model, pair[:1])
-    except (AttributeError, TypeError, RuntimeError):  # it cannot be run or differentiated so
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it cannot be run so
         return False
 
 
@@ -86,7 +86,8 @@ def _depends_on_last(model: "PreTrainedModel", ids: torch.Tensor) -> bool:
             (gradient,) = torch.autograd.grad(first.square().sum(), embedded[0])
     finally:
         hook.remove()
-    return bool(gradient[0, -1].any())
+    known = gradient[0, -1]
+    return bool(known[known.isfinite()].any())  # NaN of a model that overflows says nothing
 
 
 @torch.no_grad()
@@ -106,8 +107,9 @@ def keeps_padding_out(model: "PreTrainedModel") -> bool:
         expected = _generated_logits(model, alone, torch.ones_like(alone))[0]
     except (AttributeError, TypeError, ValueError, RuntimeError):  # nothing is known of it
         return True
-    largest = LARGEST_SHIFTS[model.dtype == torch.float32]
-    return bool((padded - expected).abs().mean() <= largest * expected.std())
+    n = 2 if padded[0].argmax() == expected[0].argmax() else 1  # near ties part by rounding
+    largest = LARGEST_SHIFT if model.dtype == torch.float32 else LARGEST_SHIFT_16_BITS
+    return bool((padded[:n] - expected[:n]).abs().mean() <= largest * expected[:n].std())
 
 
 def _generated_logits(

@@ -5,6 +5,7 @@ is in the last token of its prompt, and takes the log-softmax in the dtype of th
 does none of these. The module takes seconds to import.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from time import perf_counter
@@ -17,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from optimer_hf.models.placement import devices_of, input_device
 from optimer_hf.models.plain_head import is_plain_head
 from optimer_hf.models.probes import keeps_padding_out, refuse_reading_ahead
+from optimer_hf.printable import warn_once
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.harness import (
     Encoded,
@@ -33,6 +35,9 @@ from optimer_hf.scoring.likelihood import Likelihoods
 if TYPE_CHECKING:
     from optimer_hf.scoring.gradients import Differentiation
 
+logger = logging.getLogger(__name__)
+
+N_AT_ONCE = 8  # prompts, where batches do not follow the memory
 Answer = TypeVar("Answer")
 
 
@@ -55,7 +60,7 @@ class HarnessModel(HFLM):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
+            pretrained=model, tokenizer=tokenizer, batch_size=N_AT_ONCE, trust_remote_code=False
         )
         self._live = model
         self._device = input_device(model)  # HFLM takes that of the first parameter
@@ -97,8 +102,8 @@ class HarnessModel(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         warn_of_cut_prompts(self, requests)
         if not self._keeps_padding_out:
-            self.batch_size_per_gpu = 1
-        if not self.follows_memory or not self._keeps_padding_out:
+            return self._generate_one_by_one(requests)
+        if not self.follows_memory:
             return list(super().generate_until(requests, disable_tqdm=True))
         answers: dict[int, str] = {}
         for indices in _indices_by_settings(requests):
@@ -108,6 +113,19 @@ class HarnessModel(HFLM):
             texts = _answer_in_batches(self, own, lengths, self._generation_budget, run)
             answers |= zip(indices, texts, strict=True)
         return [answers[index] for index in range(len(requests))]
+
+    def _generate_one_by_one(self, requests: list[Any]) -> list[str]:
+        """Answer without padding, which would change the state of the model."""
+        warn_once(
+            logger,
+            f"{type(self._live).__name__}: its answers depend on the padding of a batch, so it "
+            "answers one prompt at a time",
+        )
+        try:
+            self.batch_size_per_gpu = 1
+            return list(super().generate_until(requests, disable_tqdm=True))
+        finally:
+            self.batch_size_per_gpu = N_AT_ONCE
 
     @cached_property
     def _keeps_padding_out(self) -> bool:

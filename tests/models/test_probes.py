@@ -76,6 +76,16 @@ def test_a_model_that_reads_what_it_predicts_is_noticed(kind, dtype):
             refuse_reading_ahead(model)
 
 
+@pytest.mark.parametrize("kind", ["nan", "overflow"])
+def test_a_model_that_overflows_is_not_said_to_read_ahead(kind):
+    model = tiny_model("llama", dtype=torch.float16 if kind == "overflow" else torch.float32).eval()
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight[0, 0] = torch.nan if kind == "nan" else 6e4
+        weight.mul_(1 if kind == "nan" else 6e4)
+    assert not reads_ahead(model)
+
+
 def test_rounding_that_depends_on_later_tokens_is_not_reading_ahead():
     """As where experts multiply together the tokens that the router gives them."""
     model = tiny_model("llama").eval()

@@ -234,5 +234,6 @@ def test_padding_does_not_change_what_is_generated(tokenizer, architecture, foll
     lm = harness(model, tokenizer, 10**4)
     lm.follows_memory = follows_memory
     texts = lm.generate_until(requests)
+    assert lm._keeps_padding_out is (architecture in ("MambaForCausalLM", "LlamaForCausalLM"))
     one_by_one = stock(model, tokenizer).generate_until(requests, disable_tqdm=True)
     assert texts == one_by_one
