@@ -49,8 +49,9 @@ Rule = Literal["relative_to_base", "weighted_mean", "worst"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference with its paired 95 % interval, and the number of documents in the term that has
-    the fewest (`n_fewest`, `fewest_in`). If `kind` is "none", the ends are infinite.
+    """A difference with its paired 95 % interval, the number of documents in the term that has the
+    fewest (`n_fewest`, `fewest_in`), and whether both sides are the same on every item of every
+    term (`is_equal`). If `kind` is "none", the ends are infinite.
     """
 
     difference: float
@@ -59,6 +60,7 @@ class Interval:
     kind: Kind = "none"
     n_fewest: int = 0
     fewest_in: str = ""
+    is_equal: bool = False
 
     @property
     def has_few_items(self) -> bool:
@@ -75,7 +77,7 @@ class Interval:
         """What the items say about the difference."""
         if self.has_few_items:
             return "too few items to tell"
-        if self.kind == "none" and self.difference == 0:
+        if self.kind == "none" and self.is_equal:  # equal answers may differ on other items
             return "equal on every item"
         if self.kind == "none":
             return "no interval, because all items differ alike"
@@ -129,7 +131,10 @@ def interval_of(terms: Sequence[PairedTerm], rule: Rule, *, seed: int = 0) -> In
     counts = [len(np.unique(term.documents)) for term in terms]
     fewest = int(np.argmin(counts))
     n_fewest, fewest_in = counts[fewest], terms[fewest].label
-    nothing = Interval(float(difference[0]), -math.inf, math.inf, "none", n_fewest, fewest_in)
+    is_equal = all(np.array_equal(*term.sides[:2]) for term in terms)
+    nothing = Interval(
+        float(difference[0]), -math.inf, math.inf, "none", n_fewest, fewest_in, is_equal
+    )
     groups, is_coarse = _groups(terms, columns, slopes[0])
     observed = sum(group.table.sum(axis=0) for group in groups)[None]
     middle, slopes = value(observed)
@@ -147,7 +152,7 @@ def interval_of(terms: Sequence[PairedTerm], rule: Rule, *, seed: int = 0) -> In
         quantiles, kind = (-quantile, quantile), "Student's t"
     low, high = quantiles
     ends = float(middle[0] - high * error), float(middle[0] - low * error)
-    return Interval(float(difference[0]), *ends, kind, n_fewest, fewest_in)
+    return Interval(float(difference[0]), *ends, kind, n_fewest, fewest_in, is_equal)
 
 
 # -- the value and its slopes ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ def paired_interval(
     if all(scores[term.label] is other[term.label] for term in terms):
         fewest = min(terms, key=lambda term: len(scores[term.label].items))
         n_fewest = len(scores[fewest.label].items)
-        return Interval(0.0, -math.inf, math.inf, "none", n_fewest, fewest.label)
+        return Interval(0.0, -math.inf, math.inf, "none", n_fewest, fewest.label, is_equal=True)
     paired = []
     for term in terms:
         sides = scores[term.label], other[term.label], base[term.label]

@@ -187,6 +187,16 @@ def test_losses_that_are_equal_item_by_item_have_no_interval(level):
     assert interval.verdict == "equal on every item"
 
 
+def test_a_worst_term_that_is_equal_is_no_equality_where_another_differs():
+    tops, others = np.linspace(1, 2, 30), np.linspace(2, 3, 30)
+    base = {"t": term_score(others + 1), "u": term_score(others)}
+    first = {"t": term_score(others), "u": term_score(others)}
+    second = first | {"t": term_score(tops)}
+    interval = paired_interval(objective_of("t", "u", rule="worst"), first, second, base)
+    assert interval.difference == 0
+    assert interval.answer != "equal on every item"
+
+
 def test_losses_in_the_same_proportion_on_every_item_have_no_interval():
     tops, bottoms = np.linspace(1, 2, 30), np.full(30, 2)
     first, second = ({"t": term_score(top, bottoms=bottoms)} for top in (1.25 * tops, tops))
