@@ -41,6 +41,7 @@ from optimer_hf.merging.mergekit_yaml import (
     chat_templates,
     parse_with_mergekit,
 )
+from optimer_hf.merging.tokenizer import complete_generation_config
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
     ANY_WEIGHTS,
@@ -289,10 +290,13 @@ def _digests_of(path: Path) -> list[str]:
 
 
 def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) -> None:
-    """Copy generation_config.json from the model that a config takes its tokenizer from: mergekit
-    does not.
+    """Copy generation_config.json from the model that a config takes its tokenizer from, which
+    mergekit does not; without one, add its end of a text to that of the merge.
     """
-    reference = tokenizer_of(config, path)
-    source = None if reference is None else resolve_tokenizer(reference).path / GENERATION_CONFIG
-    if source is not None and source.exists():
-        shutil.copyfile(source, out / GENERATION_CONFIG)
+    if (reference := tokenizer_of(config, path)) is None:
+        return
+    source = resolve_tokenizer(reference).path
+    if (source / GENERATION_CONFIG).exists():
+        shutil.copyfile(source / GENERATION_CONFIG, out / GENERATION_CONFIG)
+    else:
+        complete_generation_config(out, source)

@@ -314,6 +314,17 @@ def test_a_merge_stops_where_the_model_that_lends_its_tokenizer_stops(
     assert held._engine.lm.model.generation_config.eos_token_id == ends
 
 
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+def test_a_merge_config_stops_there_too(models, tmp_path, engine):
+    (models["it"] / "generation_config.json").unlink()
+    file = models["it"] / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "d"}), encoding="utf-8")
+    merge_config(models, tmp_path / "merge.yml", tokenizer_source=str(models["it"]))
+    assert merge(tmp_path / "merge.yml", tmp_path / "out", engine=engine) == engine
+    built = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert built.generation_config.eos_token_id == [1, 70]
+
+
 @pytest.mark.parametrize("pool", ["checkpoints", "deltas"])
 def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     models, study, tmp_path, pool, monkeypatch
