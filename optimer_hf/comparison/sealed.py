@@ -42,7 +42,7 @@ from optimer_hf.searching.trial import Pool, ResidentPool, base_of_study, run_tr
 from optimer_hf.study.config import By, MergeMethod, StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
-from optimer_hf.study.space import WEIGHT_DIGITS
+from optimer_hf.study.space import ROUNDING
 from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ def _equals(weights: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Whether weights are those of the merge but for the digits that a trial's are rounded to. The
     two would differ in nothing but rounding, alike on every item, which a test finds significant.
     """
-    return all(
-        abs(weights[name] - weight) <= 0.5 * 10**-WEIGHT_DIGITS for name, weight in best.items()
-    )
+    return all(abs(weights[name] - weight) <= ROUNDING for name, weight in best.items())
 
 
 def _predict_weights(study: Study, target: Mapping[str, float]) -> dict[str, float]:

@@ -100,15 +100,21 @@ def run_recipe(run: Run) -> str:
         correlation = None if check is None else check.correlation
         results_of(comparison, correlation).write(run.out / "results.json")
         write_ledger(spent, run.out / "ledger.json")
-        write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
+        planned = _compare_with_plan(run, done, spent)
+        write_text(run.out / "results.md", _results_text(run, comparison, study, spent, planned))
         done.write(run.out / DONE_FILE)
+    _warn_of_edits(run, done)
+    return read_summary(run)
+
+
+def _warn_of_edits(run: Run, done: Done) -> None:
+    """Warn if inputs have changed since a run read them."""
     if run.inputs_digest() != done.inputs_sha256:
         logger.warning(
             "%s: changed while the run went on, so some results may be of the older files. Run it "
             "again.",
             run.folder,
         )
-    return read_summary(run)
 
 
 def _write_recipe_and_report(
@@ -268,7 +274,9 @@ def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     return ledger_of_study(study).model_copy(update=costs)
 
 
-def _results_text(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
+def _results_text(
+    run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger", planned: str
+) -> str:
     from optimer_hf.comparison.ledger import describe_ledger
     from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 
@@ -279,18 +287,18 @@ def _results_text(run: Run, comparison: "Comparison", study: "Study", ledger: "L
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
         f"{markdown_table(['stage', 'time', 'what'], describe_ledger(ledger))}\n"
-        f"{_compare_with_plan(run, ledger)}"
+        f"{planned}"
         "Beside this file are the merged model, in `merged`, and its recipe, `recipe.yaml`.\n"
     )
 
 
-def _compare_with_plan(run: Run, ledger: "Ledger") -> str:
+def _compare_with_plan(run: Run, done: Done, ledger: "Ledger") -> str:
     from optimer_hf.experiment.plan_file import Plan, compare_with_ledger
 
     file = run.out / PLAN_FILE
     if not file.exists():
         return ""
     plan = Plan.read(file)
-    if plan.inputs_sha256 not in (None, run.inputs_digest()):
+    if plan.inputs_sha256 not in (None, done.inputs_sha256):
         return "## Planned and taken\n\nThe plan in `plan.json` was made for other inputs.\n\n"
     return f"## Planned and taken\n\n{compare_with_ledger(plan, ledger)}\n"

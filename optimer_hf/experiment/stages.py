@@ -65,19 +65,20 @@ def warn_of_unknown_tokens(trainings: Mapping[str, TrainConfig]) -> Iterator[str
 
 
 def warn_of_short_texts(trainings: Mapping[str, TrainConfig]) -> Iterator[str]:
-    """Yield a warning for each training whose files of plain text have fewer bytes than it asks for
-    tokens, which the run refuses. Nothing is read.
+    """Yield a warning for each training whose files of plain text have fewer bytes than it needs
+    tokens in whole blocks, which the run refuses. Nothing is read.
     """
     for name, training in trainings.items():
-        corpus, wanted = training.corpus, training.max_tokens
-        if corpus is None or corpus.path is None or wanted is None or training.replay is not None:
+        corpus, most = training.corpus, training.max_tokens
+        if corpus is None or corpus.path is None or most is None or training.replay is not None:
             continue
+        wanted = max(most // training.block_size, 1) * training.block_size
         files = find_files(corpus.path)
         n_bytes = sum(file.stat().st_size for file in files)
         if all(file.suffix in (*PLAIN, *ROWS) for file in files) and n_bytes < wanted:
             yield (
                 f"train {name}: {corpus.name} has {n_bytes:,} bytes, too few for max_tokens "
-                f"{wanted:,}, and the run will refuse it. Add text or lower max_tokens"
+                f"{most:,}, and the run will refuse it. Add text or lower max_tokens"
             )
 
 

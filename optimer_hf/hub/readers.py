@@ -46,4 +46,4 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
 
 def count_trials(text: str) -> int:
     """Count the trials in a trials.jsonl; those that were scored again have a second line there."""
-    return sum(json.loads(line)["fidelity"] == "search" for line in text.splitlines())
+    return sum(json.loads(line)["fidelity"] == "search" for line in text.split("\n") if line)

@@ -213,7 +213,7 @@ def _refuse_other_kinds(path: Path, config: Any) -> None:
     if type(config) in model_class._model_mapping:
         return
     is_pair = type(config) in AutoModelForSeq2SeqLM._model_mapping
-    kind = "reads a text with an encoder and writes another" if is_pair else "does not write text"
+    kind = "reads its input with an encoder" if is_pair else "does not write text"
     raise ModelError(
         f"{path}: is a {config.model_type} model, which {kind}. Only models that continue a text "
         "can be trained, searched and scored; `optimer merge` merges what mergekit knows."

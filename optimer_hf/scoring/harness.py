@@ -1,4 +1,5 @@
-"""What our models of lm-eval share: silence, the windows of a document, a warning of cut prompts.
+"""What our models of lm-eval share: silence, the tokens of prompts and choices, the windows of a
+document, a warning of cut prompts.
 
 lm-eval takes seconds to import, so this module does it where a function needs it.
 """
@@ -71,7 +72,8 @@ def open_ended(tokenizer: Any) -> Any:
         end = tokenizer.decode(after)
         raise EvaluationError(
             f"the tokenizer puts {end!r} after every text, so every prompt would be a document "
-            "that has ended. Save it with add_eos_token=False."
+            "that has ended. Save it with add_eos_token=False, or use another if it has no such "
+            "option."
         )
     return opened
 

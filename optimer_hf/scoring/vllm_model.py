@@ -31,8 +31,9 @@ def make_vllm_model(path: Path, tokenizer: Any, options: Mapping[str, Any]) -> "
     """Return lm-eval's vLLM model with a running engine, `model`, for the model in a directory.
     `options` are those of vLLM's `LLM`; `tokenizer` is the one to score with.
     """
+    opened = open_ended(tokenizer)
     with naming_vllm(), quiet_lm_eval():
-        return HarnessModel(path, tokenizer, options)
+        return HarnessModel(path, opened, options)
 
 
 class HarnessModel(VLLM):
@@ -44,7 +45,7 @@ class HarnessModel(VLLM):
         super().__init__(
             pretrained=str(path), trust_remote_code=False, batch_size=ALL_AT_ONCE, **options
         )
-        self.tokenizer = open_ended(tokenizer)
+        self.tokenizer = tokenizer
         self.hf_chat_template = None  # that of the tokenizer
         self.processes = running_processes()
         self.forward_seconds, self.backward_seconds = 0.0, 0.0

@@ -26,7 +26,7 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.study import tables
 from optimer_hf.study.config import LARGEST_WEIGHT, StudyConfig
 from optimer_hf.study.records import check_trials
-from optimer_hf.study.space import to_unit
+from optimer_hf.study.space import ROUNDING, to_unit
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import (
     DECISIONS_FILE,
@@ -204,7 +204,11 @@ class Study:
         """The searched weights of the best trial that are at the end of their bounds, but not 0."""
         best = self.best_trial.weights
         free = self.config.free.items()
-        return [name for name, ends in free if best[name] in ends and best[name] != 0]
+        return [
+            name
+            for name, ends in free
+            if best[name] != 0 and any(abs(best[name] - end) <= ROUNDING for end in ends)
+        ]
 
     @property
     def rescored_base(self) -> dict[str, TermScore]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 WEIGHT_DIGITS = 4  # after the point, in the weights of a trial
+ROUNDING = 0.5 * 10**-WEIGHT_DIGITS  # the most that it changes a weight
 
 
 def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":

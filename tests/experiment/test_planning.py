@@ -66,10 +66,11 @@ def test_a_corpus_with_fewer_bytes_than_tokens_is_said_before_the_run(tmp_path: 
         (tmp_path / "texts" / name).write_text("x" * 5_000)
     fields = {"name": "n", "base_model": "a/b", "corpus": tmp_path / "texts"}
     trainings = {
-        str(n): TrainConfig.model_validate(fields | {"max_tokens": n}) for n in (10_000, 10_001)
+        str(n): TrainConfig.model_validate(fields | {"max_tokens": n, "block_size": 100})
+        for n in (10_000, 10_099, 10_100)
     }
     (said,) = stages.warn_of_short_texts(trainings)
-    assert "train 10001: texts has 10,000 bytes, too few for max_tokens 10,001" in said
+    assert "train 10100: texts has 10,000 bytes, too few for max_tokens 10,100" in said
     (tmp_path / "texts" / "c.parquet").write_bytes(b"")
     assert not [*stages.warn_of_short_texts(trainings)]
 
