@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 
 from optimer_hf.cli import Program, main
-from optimer_hf.cli.options import Existing, LoadingCommand
+from optimer_hf.cli.options import Directory, Existing, LoadingCommand
 from optimer_hf.errors import ConfigError
 from optimer_hf.models.spinning import DECIDING, SPINS
 from tests.support.cli import optimer, process
@@ -73,7 +73,8 @@ def test_the_help_of_a_command_says_what_each_argument_is(command):
 
 @EVERY_COMMAND
 def test_the_help_of_a_command_has_an_example_that_it_can_read(command, monkeypatch):
-    monkeypatch.setattr(Existing, "convert", lambda self, value, *_: Path(value))
+    for kind in (Existing, Directory):
+        monkeypatch.setattr(kind, "convert", lambda self, value, *_: Path(value))
     program, *words = shlex.split(command.epilog.removeprefix("Example: "))
     assert program == "optimer"
     while words[0] != command.name:

@@ -286,7 +286,7 @@ KINDS = {
         lambda: transformers.T5Config(
             vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
         ),
-        "is a t5 model, which reads a text with an encoder and writes another",
+        "is a t5 model, which reads its input with an encoder",
     ),
     "clip": (
         lambda: transformers.CLIPVisionConfig(
