@@ -12,6 +12,7 @@ from optimer_hf.comparison.ledger import Ledger, TrialCost
 from optimer_hf.errors import ModelError
 from optimer_hf.experiment import planning, run, stages
 from optimer_hf.experiment.folder import Run, load_inputs
+from optimer_hf.experiment.marks import Done
 from optimer_hf.experiment.plan_file import Plan, Stage
 from optimer_hf.experiment.planning import list_downloads
 from optimer_hf.progress import Cost
@@ -55,7 +56,7 @@ def test_a_plan_of_other_inputs_is_not_compared_with_what_the_run_took(
     plan = Plan(stages=stages, memory_bytes=1, device_bytes=0, disk_bytes=0)
     for digest, is_compared in ((None, True), (other.inputs_digest(), True), ("0" * 64, False)):
         plan.model_copy(update={"inputs_sha256": digest}).write(other.out / "plan.json")
-        text = run._compare_with_plan(other, ledger)
+        text = run._compare_with_plan(other, Done(inputs_sha256=other.inputs_digest()), ledger)
         assert ("| search | 1 s | 2 s |" in text) == is_compared
         assert ("was made for other inputs" in text) != is_compared
 
