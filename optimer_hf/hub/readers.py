@@ -45,5 +45,15 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
 
 
 def count_trials(text: str) -> int:
-    """Count the trials in a trials.jsonl; those that were scored again have a second line there."""
-    return sum(json.loads(line)["fidelity"] == "search" for line in text.split("\n") if line)
+    """Count the trials in a trials.jsonl; those that were scored again have a second line there. A
+    line that was torn by a kill is none.
+    """
+    return sum(_is_search(line) for line in text.split("\n") if line)
+
+
+def _is_search(line: str) -> bool:
+    try:
+        trial = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(trial, dict) and trial.get("fidelity") == "search"
