@@ -8,7 +8,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from optimer_hf.errors import EvaluationError
@@ -88,19 +88,38 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[: starts[0]], whole[starts[0] + len(plain) :]
 
 
-def encode_pair(lm: Any, context: str, continuation: str, own: Encoded) -> Encoded:
-    """Return the tokens of a prompt and of what follows it, given those that lm-eval finds by
-    cutting the tokens of both together after as many as the prompt alone has.
-
-    Where one token reaches over the join, as `:A` does in "Answer:A", the continuation loses its
-    text. If nothing is left, lm-eval stops with an AssertionError; it is encoded alone then. Else
-    the tokens are those of lm-eval, so that scores are those that others measure.
+class Tokens:
+    """The tokens of texts, remembered, and of pairs of texts: to be put before a class of lm-eval
+    among the bases of ours.
     """
-    first, rest = own
-    if not rest:
-        cut = len(context.rstrip())  # lm-eval moves the spaces after it to the continuation
-        rest = lm.tok_encode(context[cut:] + continuation, add_special_tokens=False)
-    return first, rest
+
+    @cached_property
+    def _encoded(self) -> dict[tuple[str, bool | None], list[int]]:
+        return {}
+
+    def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
+        of_lm_eval: Any = super()
+        if kwargs or not isinstance(string, str):
+            return of_lm_eval.tok_encode(string, add_special_tokens, **kwargs)
+        key = (string, add_special_tokens)
+        if key not in self._encoded:
+            self._encoded[key] = list(of_lm_eval.tok_encode(string, add_special_tokens))
+        return self._encoded[key]
+
+    def _encode_pair(self, context: str, continuation: str) -> Encoded:
+        """Return the tokens of a prompt and of what follows it.
+
+        lm-eval cuts the tokens of both together after as many as the prompt alone has. Where one
+        token reaches over the join, as `:A` does in "Answer:A", the continuation loses its text. If
+        nothing is left, lm-eval stops with an AssertionError; it is encoded alone then. Else the
+        tokens are those of lm-eval, so that scores are those that others measure.
+        """
+        of_lm_eval: Any = super()
+        first, rest = of_lm_eval._encode_pair(context, continuation)
+        if not rest:
+            cut = len(context.rstrip())  # lm-eval moves the spaces after it to the continuation
+            rest = self.tok_encode(context[cut:] + continuation, add_special_tokens=False)
+        return first, rest
 
 
 def refuse_empty_continuations(requests: Sequence[Any]) -> None:

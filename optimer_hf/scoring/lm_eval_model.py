@@ -21,9 +21,8 @@ from optimer_hf.models.probes import keeps_padding_out, refuse_reading_ahead
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.harness import (
-    Encoded,
+    Tokens,
     Windows,
-    encode_pair,
     open_ended,
     quiet_lm_eval,
     refuse_empty_continuations,
@@ -53,7 +52,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> "HarnessModel":
         return HarnessModel(model, open_ended(tokenizer))
 
 
-class HarnessModel(HFLM):
+class HarnessModel(Tokens, HFLM):
     """HFLM, but with scores in float32 from blocks of the vocabulary, batches of similar
     length, and one BOS before a document.
     """
@@ -74,23 +73,7 @@ class HarnessModel(HFLM):
         )
         self.differentiation: Differentiation | None = None  # of the evaluation that runs
         self._instances: list[Any] = []  # those behind the requests for tokens
-        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
         self._windows: dict[str, Windows] = {}
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        key = (string, add_special_tokens)
-        if kwargs:
-            return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs))
-        if key not in self._encoded:
-            self._encoded[key] = list(
-                super().tok_encode(string, add_special_tokens=add_special_tokens)
-            )
-        return self._encoded[key]
-
-    def _encode_pair(self, context: str, continuation: str) -> Encoded:
-        return encode_pair(self, context, continuation, super()._encode_pair(context, continuation))
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False

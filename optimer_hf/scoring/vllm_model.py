@@ -10,8 +10,7 @@ from typing import Any
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring.harness import (
-    Encoded,
-    encode_pair,
+    Tokens,
     open_ended,
     quiet_lm_eval,
     refuse_empty_continuations,
@@ -36,7 +35,7 @@ def make_vllm_model(path: Path, tokenizer: Any, options: Mapping[str, Any]) -> "
         return HarnessModel(path, opened, options)
 
 
-class HarnessModel(VLLM):
+class HarnessModel(Tokens, VLLM):
     """VLLM, but with one BOS before a document, no progress bars, and counts of time and
     tokens.
     """
@@ -50,18 +49,6 @@ class HarnessModel(VLLM):
         self.processes = running_processes()
         self.forward_seconds, self.backward_seconds = 0.0, 0.0
         self.n_tokens = 0
-        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
-
-    def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
-        if kwargs or not isinstance(string, str):
-            return super().tok_encode(string, add_special_tokens, **kwargs)
-        key = (string, add_special_tokens)
-        if key not in self._encoded:
-            self._encoded[key] = list(super().tok_encode(string, add_special_tokens))
-        return self._encoded[key]
-
-    def _encode_pair(self, context: str, continuation: str) -> Encoded:
-        return encode_pair(self, context, continuation, super()._encode_pair(context, continuation))
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
