@@ -17,7 +17,7 @@ from optimer_hf.experiment.marks import DONE_FILE, read_claim
 from optimer_hf.files.locks import lock_of_place
 from optimer_hf.files.text import count, markdown_table, show_seconds
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.directory import Study
+from optimer_hf.study.directory import Study, find_study
 from optimer_hf.study.trials import (
     DECISIONS_FILE,
     STUDY_FILE,
@@ -75,7 +75,7 @@ def status_of(directory: Path) -> Status:
         kind, parts = f"runs of {claim}", [*_parts_of_seeds(directory)]
     elif claim is not None:
         kind, parts = f"run of {claim}", [*_parts_of_run(directory)]
-    elif (study := _study_in(directory)) is not None:
+    elif (study := find_study(directory)) is not None:
         kind, parts = "study", [*_parts_of_study(study)]
     elif (directory / TRAINING_FILE).exists() or (directory / STARTED).exists():
         kind, parts = "training", [_progress_of_training(directory, "training")]
@@ -85,12 +85,6 @@ def status_of(directory: Path) -> Status:
             "`search` or `train` writes to."
         )
     return Status(str(directory), kind, parts, _holder_of(directory), _seconds_since(directory))
-
-
-def _study_in(directory: Path) -> Path | None:
-    """Return the directory itself or its study/, which `optimer pull` writes; None without any."""
-    places = (directory, directory / "study")
-    return next((place for place in places if (place / STUDY_FILE).exists()), None)
 
 
 def status_to_text(status: Status) -> str:

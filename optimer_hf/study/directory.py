@@ -505,21 +505,27 @@ def _mistakes_of_decision(study: Study, decision: Decision) -> Iterator[str]:
         )
 
 
+def find_study(directory: Path) -> Path | None:
+    """Return a directory itself or its study/, as runs and pulls have one, whichever holds a study;
+    None if neither does.
+    """
+    places = (directory, directory / "study")
+    return next((place for place in places if (place / STUDY_FILE).exists()), None)
+
+
 def load_study(directory: Path, *, unfinished: bool = False) -> Study:
     """Open an existing study, or the one in the directory of a run, with its recorded config.
 
     Raises StudyError for a directory without a study, and for a search that is not finished; with
     `unfinished`, one that has scored the base will do.
     """
-    if not (directory / STUDY_FILE).exists() and (directory / "study" / STUDY_FILE).exists():
-        directory = directory / "study"
-    file = directory / STUDY_FILE
-    if not file.exists():
+    if (found := find_study(directory)) is None:
         raise StudyError(
             f"{directory}: holds no study (no study.json)."
             + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
-    study = open_study(StudyConfig.read_record(file), directory, repair=False)
+    directory = found
+    study = open_study(StudyConfig.read_record(found / STUDY_FILE), found, repair=False)
     if unfinished and not study.trials:
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
     study.decide(to_disk=False)
