@@ -298,5 +298,4 @@ def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) ->
     source = resolve_tokenizer(reference).path
     if (source / GENERATION_CONFIG).exists():
         shutil.copyfile(source / GENERATION_CONFIG, out / GENERATION_CONFIG)
-    else:
-        complete_generation_config(out, source)
+    complete_generation_config(out, source)

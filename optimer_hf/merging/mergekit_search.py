@@ -256,18 +256,13 @@ def _refuse_other_order(by: By, vector: str, names: Collection[str], path: Path)
     for name in names if n_layers else ():
         run = groups.run_of(layer_of(name), n_layers)
         fitting = [each for each in groups.names if each in name]
-        own = next((each for each in fitting if _has_group(groups, run, each)), ELSE)
+        own = next((each for each in fitting if groups.has(run, each)), ELSE)
         if groups.group_of(run, own) != groups.group_of(run, (*fitting, ELSE)[0]):
             message = (
                 f"the weight of {vector} has the filters {fitting[0]!r} and {own!r}, both of which "
                 f"fit {name!r}, and the slice {run} lacks the first one. Give it in all slices."
             )
             raise _mistake(path, (), message)
-
-
-def _has_group(groups: Groups, run: str, name: str) -> bool:
-    found = groups.group_of(run, name)
-    return found is not None and found.name == name
 
 
 def place_of_vector(config: Mapping[str, Any], path: Path, vector: str) -> Place | None:

@@ -84,8 +84,7 @@ def setting_of(groups: Groups, own: Table, n_layers: int | None) -> Setting:
 
 def setting_in_run(groups: Groups, run: str, own: Table) -> Setting:
     """Return the setting of a vector in a slice with the layers of a run."""
-    inside = {group.name for group in groups.members if group.run == run}
-    names = [name for name in groups.names if name in inside]
+    names = [name for name in groups.names if groups.has(run, name)]
     return _as_setting({n: _values_in(groups.group_of(run, n), own) for n in (*names, ELSE)})
 
 

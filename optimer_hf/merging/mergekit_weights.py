@@ -220,5 +220,4 @@ def _key_in_run(key: str, run: str, groups: Groups) -> str | None:
     """
     name = key.split(INSIDE)[0]
     is_filter = name != WHOLE and GRADIENT_KEY.fullmatch(name) is None
-    has_group = any(group.run == run and group.name == name for group in groups.members)
-    return None if is_filter and not has_group else join_key(run, key)
+    return None if is_filter and not groups.has(run, name) else join_key(run, key)

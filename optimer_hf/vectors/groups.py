@@ -155,6 +155,10 @@ class Groups:
         rest = (group for group in own if group.takes_rest)
         return next(exact, None) or next(rest, None)
 
+    def has(self, run: str, name: str) -> bool:
+        """Whether a run has a group of its own with this part of names."""
+        return any((group.run, group.name) == (run, name) for group in self.members)
+
     def parts(self, n_layers: int) -> list[str]:
         """Return the keys of the parts: those of the groups or, of a gradient, one per layer."""
         spans = ((group, self.layers_of(group.run, n_layers)) for group in self.members)

@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -453,7 +453,7 @@ def _refuse_leftover_quantization(base: ResolvedModel, checkpoint: Checkpoint) -
     merge would inherit that config.
     """
     method = _quantization_of(base.path)
-    if method and all(checkpoint.dtype(tensor) in PLAIN for tensor in checkpoint.names):
+    if method and _is_plain(checkpoint):
         raise ModelError(
             f"base_model {base.reference}: its config.json has a quantization_config ({method}), "
             "but its tensors are plain floats. transformers would quantise every merge when it "
@@ -490,15 +490,18 @@ def _quantised_as(path: Path) -> str:
     cannot be read.
     """
     try:
-        method, stored = _quantization_of(path), Checkpoint(path)
-        is_plain = all(stored.dtype(name) in PLAIN for name in stored.names)
+        method = _quantization_of(path)
     except OptimerError:
-        is_plain = False  # eight bits, which have no dtype here
-        try:
-            method = _quantization_of(path)
-        except OptimerError:
+        return ""
+    with suppress(OptimerError):  # of eight bits, which have no dtype here
+        if _is_plain(Checkpoint(path)):
             return ""
-    return "" if is_plain else method
+    return method
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether all tensors are plain floats."""
+    return all(checkpoint.dtype(name) in PLAIN for name in checkpoint.names)
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:
