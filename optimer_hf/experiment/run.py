@@ -160,10 +160,11 @@ def plan_run(run: Run) -> "Plan":
     """
     from optimer_hf.experiment.planning import make_plan
 
+    inputs_sha256 = run.inputs_digest()  # before they are read, as in `run_recipe`
     inputs = load_inputs(run)
     with claim_directory(run.out, run.claim()):
         plan = make_plan(inputs.study, inputs.trainings, run.out, is_run=True)
-        plan = plan.model_copy(update={"inputs_sha256": run.inputs_digest()})
+        plan = plan.model_copy(update={"inputs_sha256": inputs_sha256})
         plan.write(run.out / PLAN_FILE)
     return plan
 
