@@ -114,11 +114,7 @@ def _list_stages(
     if not is_run or config.test is None:
         return stages
     each, singles = config.baselines, _single_trainings(config, trainings)
-    mixed = sum(
-        budget_of(singles, mixture.budget, shares if isinstance(shares, dict) else None)
-        for mixture in each.mixtures.values()
-        for shares in [mixture.shares]
-    )
+    mixed = sum(budget_of(singles, given.budget, given.shares) for given in each.mixtures.values())
     mixed += sum(budget_of(singles, "all") // n * n for n in each.attempts)
     mixed = round(mixed * max(map(_count_epochs, singles.values()), default=0))  # all have the same
     slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())

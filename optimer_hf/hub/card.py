@@ -353,12 +353,10 @@ def _results_table(results: Results) -> str:
         for name, *numbers in rows
     ]
     text = f"Gain over the base on the sealed test:\n\n{markdown_table(names, lines)}".strip()
+    if not results.left_out:
+        return text
     left_out = ", ".join(_escape_markdown(each.name) for each in results.left_out)
-    return (
-        f"{text}\n\nNot in the table, since they could not be scored: {left_out}."
-        if left_out
-        else text
-    )
+    return f"{text}\n\nNot in the table, since they could not be scored: {left_out}."
 
 
 def render(metadata: Mapping[str, Any], facts: Facts, existing: str | None) -> str:

@@ -134,12 +134,12 @@ def draw_shares(names: Sequence[str], n: int, *, seed: int) -> list[dict[str, fl
 def budget_of(
     trainings: Mapping[str, TrainConfig],
     budget: Literal["all", "mixed", "one"],
-    shares: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | str = "uniform",
 ) -> int:
     """Return on how many tokens to train a mixture: those of all trainings together, of those with
-    a share (all by default), or of one of all on average.
+    a share (all, if `shares` does not give them), or of one of all on average.
     """
-    if budget == "mixed" and shares is not None:
+    if budget == "mixed" and not isinstance(shares, str):
         trainings = {name: each for name, each in trainings.items() if shares.get(name, 0) > 0}
     n_tokens = sum(int(training.max_tokens or 0) for training in trainings.values())
     return n_tokens // max(len(trainings), 1) if budget == "one" else n_tokens
