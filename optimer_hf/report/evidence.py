@@ -54,6 +54,11 @@ class Evidence:
         times = [file.stat().st_mtime for file in files if file.exists()]
         return datetime.fromtimestamp(max(times), tz=UTC).date()
 
+    @property
+    def baseline_on_axes(self) -> str:
+        """What gains of the search are relative to, short enough for an axis."""
+        return "base + fixed" if self.study.config.fixed else "the base"
+
     def gain(self, trial: Trial) -> float:
         """Return the gain of a trial over the first one, in the unit of the objective."""
         return self.study.value(trial) - self.study.value(self.trials[0])

@@ -79,7 +79,8 @@ def terms_panel(evidence: Evidence) -> Panel:
         _draw_term(axes[0], at, label, gains[label], best)
     axes[0].axvline(0, color=INK, linewidth=0.7, zorder=0)
     note = _label_terms(axes[0], ordered, shown)
-    axes[0].set_xlabel(f"{score}, gain over {baseline}: % (accuracies: points){note}")
+    start = "the base" if is_sealed else evidence.baseline_on_axes
+    figure.supxlabel(f"{score}, gain over {start}: % (accuracies: points){note}")
     add_key(figure, list(dict.fromkeys(part_of(row, best) for row in shown.rows[1:])))
     values = "; ".join(f"{label} {OF_TERMS.show(merged[label].difference)}" for label in ordered)
     return Panel(
@@ -175,7 +176,7 @@ def answer_panel(comparison: Comparison) -> Panel:
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
     axes[0].tick_params(axis="y", length=0, pad=8)
-    axes[0].set_xlabel(f"sealed score, gain of the merge: {unit.sign}")
+    figure.supxlabel(f"sealed score, gain of the merge: {unit.sign}")
     return Panel(
         "answer",
         "Gain of the merge, 95 % intervals",
@@ -200,7 +201,7 @@ def sealed_panel(comparison: Comparison) -> Panel:
     axes[0].set_yticks(range(len(rows)), [row_label(row) for row in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     axes[0].tick_params(axis="y", length=0, pad=8)
-    axes[0].set_xlabel(f"sealed score, gain over the base: {unit.sign}{seal_note(rows)}")
+    figure.supxlabel(f"sealed score, gain over the base: {unit.sign}{seal_note(rows)}")
     add_key(figure, list(dict.fromkeys(part_of(row, best) for row in rows)))
     base = comparison.value(comparison.base)
     values = "; ".join(

@@ -52,8 +52,10 @@ LOWEST = 2  # times the best gain below the base: trials that are worse are draw
 
 
 def search_axis(evidence: Evidence) -> str:
-    """Return the label of an axis with search scores."""
-    return f"search score, gain over {evidence.study.baseline}: {evidence.unit.sign}"
+    """Return the label of an axis with search scores, in lines that the lowest figure has room
+    for.
+    """
+    return f"search score,\ngain over {evidence.baseline_on_axes}: {evidence.unit.sign}"
 
 
 # -- progress --------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def progress_panel(evidence: Evidence) -> Panel | None:
     axes[0].step(numbers, best, where="post", color=MERGE, label="best so far")
     axes[0].axhline(0, color=INK, linewidth=0.7, zorder=0)
     axes[0].set_xlabel("trial")
-    axes[0].set_ylabel(search_axis(evidence).replace(", ", ",\n", 1))
+    axes[0].set_ylabel(search_axis(evidence))
     figure.legend(loc="outside upper left", ncols=3)
     minutes = sum(seconds_of(trial) for trial in trials) / 60
     return Panel(

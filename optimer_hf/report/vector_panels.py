@@ -26,6 +26,7 @@ FEWEST_VECTORS = 2  # in a table of cosines
 FEWEST_POINTS = 2  # of a line
 FEWEST_STAGES = 2  # that took time
 LEAST_SHARE = 0.01  # of the time, below which a stage has no bar
+LEAST_MINUTES = 2  # of the longest stage, below which an axis has seconds
 
 
 def cosines_panel(evidence: Evidence) -> Panel | None:
@@ -160,7 +161,7 @@ def _draw_over_tokens(
 
 
 def ledger_panel(evidence: Evidence) -> Panel | None:
-    """Show how many minutes each stage took; None unless there are several to compare."""
+    """Show how long each stage took; None unless there are several to compare."""
     stages = _stages_of(evidence)
     if len(stages) < FEWEST_STAGES:
         return None
@@ -169,10 +170,11 @@ def ledger_panel(evidence: Evidence) -> Panel | None:
     if rest := total - sum(shown.values()):
         shown["everything else"] = rest
     figure, axes = make_figure(0.8 + 0.28 * len(shown))
-    axes[0].barh(range(len(shown)), [seconds / 60 for seconds in shown.values()], height=0.6)
+    unit, size = ("minutes", 60) if max(shown.values()) >= LEAST_MINUTES * 60 else ("seconds", 1)
+    axes[0].barh(range(len(shown)), [seconds / size for seconds in shown.values()], height=0.6)
     axes[0].set_yticks(range(len(shown)), list(shown))
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("minutes")
+    axes[0].set_xlabel(unit)
     most = max(stages, key=lambda stage: stages[stage])
     return Panel(
         "ledger",

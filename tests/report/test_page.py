@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element
 import pytest
 from click.testing import CliRunner
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import compare
@@ -23,8 +24,10 @@ from optimer_hf.report.drawing import DARK, INK, PAPER
 from optimer_hf.report.evidence import read_evidence
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.scoring.formatting import Unit
+from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import Scored
 from optimer_hf.study.directory import load_study
 from optimer_hf.study.trials import DecisionLog, TrialLog
 from tests.support.landscapes import FunctionPool, TellingPool, config_of, failing_at, with_test
@@ -207,6 +210,45 @@ def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
     assert "The study fixes in every trial: x 0.5." in panels["weights"].shows
 
 
+class LongNamedPool(FunctionPool):
+    """Scores any number of weights, on terms of any names."""
+
+    def score(self, weights, asked, *, gradients=False):
+        loss = sum((weight - 0.3) ** 2 for weight in weights.values())
+        items = [(3 + loss + noise, 1.0) for noise in (0.0, 0.1, 0.3)]
+        scores = {each.label: TermScore(items, False) for each in asked}
+        return Scored(scores, {"merge": 0.0, "evaluate": 0.0}, 10)
+
+
+@pytest.mark.parametrize("fixed", [{}, {"u": 0.25, "v": 0.125}])
+@pytest.mark.parametrize("free", ["w", "wxy"])
+def test_no_text_of_a_figure_is_cut_off(tmp_path, fixed, free):
+    vectors = {name: {"source": f"/nowhere/{name}"} for name in free} | {
+        f"a-vector-with-a-long-name-{name}": {"source": f"/nowhere/{name}", "fixed": weight}
+        for name, weight in fixed.items()
+    }
+    names = ["t", "a-term-with-a-name-of-many-letters"]
+    config = config_of(
+        vectors=vectors,
+        objective={"terms": [{"task": "t", "name": name, "metric": "loss"} for name in names]},
+        search={"n_trials": 5, "rescore_top": 0},
+    )
+    searched = search(config, tmp_path / "s", runner=InProcess(LongNamedPool))
+    for panel in write_report(searched, tmp_path / "r.html"):
+        panel.figure.draw_without_rendering()
+        width, height = panel.figure.bbox.size
+        ticks = [
+            text
+            for axes in panel.figure.axes
+            for text in [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        ]  # some are beyond the limits, and not drawn
+        for text in panel.figure.findobj(Text):
+            if text.get_text() and text.get_visible() and text not in ticks:
+                box = text.get_window_extent()
+                assert box.x0 >= -1 and box.x1 <= width + 1, text
+                assert box.y0 >= -1 and box.y1 <= height + 1, text
+
+
 @pytest.mark.parametrize("combine", ["weighted_mean", "worst"])
 def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
     config = with_test(search={"n_trials": 7, "rescore_top": 2})
@@ -387,6 +429,10 @@ def test_a_browser_shows_all_of_it(browser, page, width, scheme):
     )
     assert len(boxes) == len(FIGURES)
     assert all(w > 250 and h > 60 and right <= width for w, h, right in boxes)
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect().right)"
+    )
+    assert ends and max(ends) <= width  # read without scrolling, however wide the table is
     ink, paper = browser.execute_script(
         "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
     )
