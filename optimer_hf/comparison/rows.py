@@ -6,9 +6,9 @@ and nothing reads it.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Origin
@@ -17,7 +17,7 @@ from optimer_hf.files.text import count, prefix_field
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
 
-RowKind = Literal[
+RowKind = Literal[  # in the order of a table
     "base",
     "fixed",
     "alone",
@@ -25,15 +25,15 @@ RowKind = Literal[
     "average",
     "sum",
     "weights",
+    "other_search",
     "plugin",
     "method",
     "random",
-    "other_search",
+    "model",
     "mixture",
     "scaled_mixture",
     "attempts",
     "scaled_attempts",
-    "model",
     "merge",
     "retargeted",
 ]
@@ -45,15 +45,15 @@ TITLES: dict[RowKind, str] = {  # {} is the subject
     "average": "uniform average",
     "sum": "uniform sum",
     "weights": "{}",
+    "other_search": "{}",
     "plugin": "{}",
     "method": "{}",
     "random": "random vectors of equal norm",
-    "other_search": "{}",
+    "model": "{}",
     "mixture": "{}",
     "scaled_mixture": "{} at its best scale",
     "attempts": "best of {} at equal cost",
     "scaled_attempts": "best of {} at equal cost, at its best scale",
-    "model": "{}",
     "merge": "searched merge",
     "retargeted": "re-targeted to {}",
 }
@@ -211,3 +211,13 @@ class SealedRow(Contender):
     def marked_title(self) -> str:
         """The title, with a mark if the row was chosen after the seal was opened."""
         return mark_title(self.title, self.chosen_after_seal)
+
+
+def order_rows(rows: Iterable[SealedRow], config: StudyConfig) -> list[SealedRow]:
+    """Return rows in the order of the table, in whatever order they were scored."""
+    kinds = {kind: place for place, kind in enumerate(get_args(RowKind))}
+    places = {row: place for place, row in enumerate(list_rows(config))}
+    last = len(places)  # rows of models that a command added
+    return sorted(
+        rows, key=lambda row: (kinds[row.kind], places.get((row.kind, row.subject), last))
+    )

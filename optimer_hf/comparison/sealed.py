@@ -25,6 +25,7 @@ from optimer_hf.comparison.rows import (
     RowKind,
     SealedRow,
     check_titles,
+    order_rows,
     title_of,
 )
 from optimer_hf.comparison.sealed_file import SealedLog, give_scores
@@ -170,7 +171,8 @@ def compare(
         rows = [give_scores(each, scored[each.key]) for each in contenders if each.key in scored]
         log.append_equals(rows)
         left_out = log.record_left_out(contenders, sealing.reasons)
-    return Comparison(rows, objective, study.config.retarget, left_out)
+    ordered = order_rows(rows, study.config)
+    return Comparison(ordered, objective, study.config.retarget, left_out)
 
 
 def compare_study(

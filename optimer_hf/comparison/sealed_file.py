@@ -21,6 +21,7 @@ from optimer_hf.comparison.rows import (
     LeftOut,
     RowKind,
     SealedRow,
+    order_rows,
     weights_key,
 )
 from optimer_hf.errors import StudyError
@@ -195,7 +196,8 @@ def read_comparison(study: Study) -> Comparison | None:
     first = replace(base, kind="base", subject="")
     titles = {row.title for row in rows.values()}  # scored since, before another one ended a test
     left_out = [each for each in log.read_left_out() if each.name not in titles]
-    return Comparison([first, *others, merge, *targets], config.test, retarget, left_out)
+    ordered = order_rows([first, *others, merge, *targets], config)
+    return Comparison(ordered, config.test, retarget, left_out)
 
 
 def give_scores(contender: Contender, scored: SealedRow) -> SealedRow:

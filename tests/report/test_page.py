@@ -159,10 +159,9 @@ def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
 def test_recorded_rows_are_those_that_compare_scored(study):
     again = compare(study, pool=lambda config: pytest.fail("nothing is left to score"))
     comparison = read_comparison(study)
-    weights = [row.weights for row in again.rows]
-    assert all(row.weights in weights for row in comparison.rows)
-    assert {row.title for row in again.rows} >= {row.title for row in comparison.rows}
-    assert all(row.weights in [other.weights for other in comparison.rows] for row in again.rows)
+    assert [row.title for row in comparison.rows] == [row.title for row in again.rows]
+    assert [row.weights for row in comparison.rows] == [row.weights for row in again.rows]
+    assert comparison.best_baseline() == again.best_baseline()
     assert comparison.base == again.base and comparison.merge == again.merge
 
 
