@@ -98,13 +98,26 @@ def _weights_of(
 def _by_vector(
     trainings: Sequence[TrainConfig], sources: Mapping[str, str]
 ) -> dict[str, TrainConfig]:
-    """Return trainings by name, and by the vector that recorded the name: in a study, a vector may
-    have another name than in its train file.
+    """Return trainings by name, and by the vector that recorded the name or the text: in a study, a
+    vector may have another name than in its train file.
     """
     by_name = {training.name: training for training in trainings}
     records = {name: read_record(Path(source)) for name, source in sources.items()}
-    recorded = {name: each.name for name, each in records.items() if each is not None}
-    return by_name | {name: by_name[own] for name, own in recorded.items() if own in by_name}
+    found = dict(by_name)
+    for name, record in records.items():
+        if record is None or name in by_name:
+            continue
+        if record.name in by_name:  # `optimer train` records the name in the train file
+            found[name] = by_name[record.name]
+        elif record.corpus is not None:  # `optimer run` that of the vector
+            texts = record.corpus.names
+            alike = [each for each in trainings if _names_of_texts(each) == texts]
+            found |= {name: alike[0]} if len(alike) == 1 else {}
+    return found
+
+
+def _names_of_texts(training: TrainConfig) -> list[str]:
+    return [corpus.name for corpus, _ in mixture.corpora_of(training)]
 
 
 def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:

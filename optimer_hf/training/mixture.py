@@ -153,11 +153,11 @@ def _parts(
         (key, corpus, part)
         for key, share in shares.items()
         if share > 0
-        for corpus, part in _corpora(trainings[key])
+        for corpus, part in corpora_of(trainings[key])
     ]
 
 
-def _corpora(training: TrainConfig) -> list[tuple[CorpusConfig, float]]:
+def corpora_of(training: TrainConfig) -> list[tuple[CorpusConfig, float]]:
     """Return the corpora of a run, each with its share."""
     if training.corpus is not None:
         return [(training.corpus, 1.0)]

@@ -137,6 +137,12 @@ def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, 
     )
     assert json.loads(alone.output) == {"shares": {"aaa": 1.0}, "left_out": ["mix"]}
     assert mixed.max_tokens == 640, "the tokens of both vectors"
+    write_record(tmp_path / "mix", base, name="mix", kind="adapter")  # as `optimer run` names it
+    again = CliRunner().invoke(
+        main, ["ratios", str(tmp_path / "recipe.yaml"), *files, "--out", str(out)]
+    )
+    assert again.exit_code == 0, again.output
+    assert TrainConfig.read(out) == mixed
     train(mixed, tmp_path / "mixed")
     record = json.loads((tmp_path / "mixed" / "training.json").read_text(encoding="utf-8"))
     assert [part["n_tokens"] for part in record["corpus"]["parts"]] == [480, 160]
