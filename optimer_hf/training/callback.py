@@ -31,9 +31,12 @@ class RunCallback(TrainerCallback):
     meter: Meter
     flops_per_token: float | None = None
 
-    def __init__(self, config: TrainConfig, base: Path, earlier: Cost, speed: Speed) -> None:
+    def __init__(
+        self, config: TrainConfig, base: Path, earlier: Cost, speed: Speed, *, n_blocks: int
+    ) -> None:
         self.config, self.base, self.earlier, self.speed = config, base, earlier, speed
-        self.loss, self.is_measured, self.n_tokens = "", True, 0
+        self.n_blocks = n_blocks  # of an epoch
+        self.loss, self.is_measured = "", True
         self.started = Cost.now()
         self._ends: deque[float] = deque(maxlen=WINDOW)
 
@@ -48,12 +51,11 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start to show progress."""
-        self.n_tokens = tokens_per_step(self.config, args)
         self.meter = Meter(
             f"train {self.config.name}",
-            state.max_steps * self.n_tokens,
+            self._count_tokens(args, state.max_steps),
             "tokens",
-            done=state.global_step * self.n_tokens,
+            done=self._count_tokens(args, state.global_step),
         )
         if state.is_world_process_zero:
             self.meter.__enter__()
@@ -72,20 +74,26 @@ class RunCallback(TrainerCallback):
         """Show what is done, and how fast."""
         if state.is_world_process_zero:
             self._ends.append(perf_counter())
-            self.meter.advance(self.n_tokens, f"{self.loss}{self._show_mfu(args.world_size)}")
+            step, mfu = state.global_step, self._show_mfu(args)
+            n_tokens = self._count_tokens(args, step) - self._count_tokens(args, step - 1)
+            self.meter.advance(n_tokens, f"{self.loss}{mfu}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the last state on the screen."""
         if state.is_world_process_zero:
             self.meter.__exit__(None, None, None)
 
-    def _show_mfu(self, n_devices: int) -> str:
+    def _count_tokens(self, args: TrainingArguments, n_steps: int) -> int:
+        return count_blocks(args, n_steps, self.n_blocks) * self.config.block_size
+
+    def _show_mfu(self, args: TrainingArguments) -> str:
         """Return the share of the peak that the last steps used, if the peak is known."""
         n_steps = len(self._ends) - 1
         if n_steps < 1:
             return ""
-        tokens = n_steps * self.n_tokens / max(1e-9, self._ends[-1] - self._ends[0])
-        mfu = utilisation(tokens, self.flops_per_token, self.speed.device, n_devices)
+        n_tokens = n_steps * tokens_per_step(self.config, args)
+        speed = n_tokens / max(1e-9, self._ends[-1] - self._ends[0])
+        mfu = utilisation(speed, self.flops_per_token, self.speed.device, args.world_size)
         return "" if mfu is None else f", {mfu:.0%} MFU"
 
     def _note_norm(self, model: Any, state: Any) -> bool:

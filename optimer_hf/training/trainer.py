@@ -70,7 +70,7 @@ def build_trainer(
     model = _load_base(config, base, arguments)
     spent = spent or SpentRecord()
     speed = _speed_of(config, spent.speed, arguments.device)
-    callback = RunCallback(config, base.path, spent.cost, speed)
+    callback = RunCallback(config, base.path, spent.cost, speed, n_blocks=len(packed))
     try:
         trainer = CapturedTrainer(
             model=model,

@@ -485,10 +485,12 @@ def test_what_was_packed_for_another_corpus_does_not_stay(make_config, tmp_path)
     assert "blocks.2.npy" not in names_in(tmp_path)
 
 
-def test_the_tokens_of_a_last_smaller_batch_are_counted_as_they_are(make_config, tmp_path):
+def test_the_tokens_of_a_last_smaller_batch_are_counted_as_they_are(make_config, tmp_path, caplog):
+    caplog.set_level("INFO")
     trainer = {**FAST, "per_device_train_batch_size": 4, "max_steps": 3}
     train(make_config(trainer=trainer, max_tokens=6 * 32), tmp_path / "out")
     assert record_of(tmp_path / "out")["training"]["n_tokens"] == (4 + 2 + 4) * 32
+    assert ": 320/320 tokens, " in caplog.text
     (part,) = status_of(tmp_path / "out").parts
     assert part.state == "trained on 320 tokens"
 
