@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from optimer_hf.hub.publication import BaseModel, Publication
 from optimer_hf.recipes.record import LOCK, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.report.captions import REPORT
+from optimer_hf.scoring.objective import Objective
 from optimer_hf.vectors.record import VectorFile
 
 
@@ -36,12 +37,25 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
     if n_trials := count_trials(publication.text("study/trials.jsonl")):
         yield f"can re-target it from its {n_trials} trials: optimer retarget {out} OBJECTIVE.yaml"
         yield f"can draw its report: optimer report {out}"
-        if recipe.objective and any(term.text is not None for term in recipe.objective.terms):
-            yield "cannot score new trials on your texts, which stay with you"
+        if kept := list_what_stays(recipe.objective):
+            yield f"cannot score new trials on your {' and '.join(kept)}, which stay with you"
     elif publication.kind == "recipe":
         yield "cannot re-target it, as it has no trials: push the directory of the study or run"
     if REPORT in publication.files:
         yield f"can look at the report: {REPORT}"
+
+
+def list_what_stays(objective: Objective | None) -> list[str]:
+    """Return the kinds of an objective's terms and constraints that need files of its author."""
+    if objective is None:
+        return []
+    asked = [*objective.terms, *objective.constraints]
+    kinds = {
+        "texts": any(each.text is not None for each in asked),
+        "tasks": objective.include_path is not None and any(each.task for each in asked),
+        "functions": any(each.function is not None for each in asked),
+    }
+    return [kind for kind, is_there in kinds.items() if is_there]
 
 
 def count_trials(text: str) -> int:
