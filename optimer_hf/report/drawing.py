@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -223,7 +223,7 @@ def seconds_of(trial: Trial) -> float:
 def to_svg(panel: Panel) -> str:
     """Return a figure as inline SVG with a text for screen readers and ids unique in a page."""
     buffer = io.StringIO()
-    panel.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    _print(panel.figure, buffer, ".svg")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -240,9 +240,32 @@ def to_svg(panel: Panel) -> str:
 
 def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
     """Write a figure without metadata, so that the same figure gives the same bytes."""
-    bare: Any = FIGURE_METADATA[path.suffix]
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=DOTS, facecolor=paper, metadata=bare)
+    figure.set_facecolor(paper)
+    figure.set_dpi(DOTS)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        _print(figure, file, path.suffix)
+
+
+def _print(figure: "Figure", file: IO[Any], suffix: str) -> None:
+    """Write a figure in the format of a suffix. `Figure.savefig` would draw everything twice, the
+    first time to find out where it is, although it is laid out when it is drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    bare: Any = FIGURE_METADATA[suffix]
+    canvas: Any  # its methods that print have no types
+    match suffix:
+        case ".png":
+            canvas = FigureCanvasAgg(figure)
+            canvas.print_png(file, metadata=bare)
+        case ".svg":
+            canvas = FigureCanvasSVG(figure)
+            canvas.print_svg(file, metadata=bare)
+        case ".pdf":
+            canvas = FigureCanvasPdf(figure)
+            canvas.print_pdf(file, metadata=bare)
 
 
 def write_picture(panel: Panel, path: Path) -> None:
@@ -254,6 +277,7 @@ def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
     """Write a panel with its title above it as two pictures, for light and for dark pages."""
     figure = _copy_with_title(panel)
     write_figure(figure, light)
+    figure.set_layout_engine("none")  # where everything is stands by now
     for artist in figure.findobj():
         _darken(artist)
     write_figure(figure, dark, paper=DARK[PAPER])
