@@ -30,10 +30,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from optimer_hf.models.layout import ResolvedModel
-from tests.support.experiments import finished, recipe_dir  # noqa: F401 - fixtures
+from tests.support.experiments import finished, finished_once, recipe_dir  # noqa: F401 - fixtures
 from tests.support.golden import golden  # noqa: F401 - a fixture
 from tests.support.minihub import HubServer
 from tests.support.tiny import BOS, EOS, PAD, tiny_model
+from tests.support.warm import warm_workers  # noqa: F401 - a fixture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

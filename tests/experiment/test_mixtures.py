@@ -1,12 +1,7 @@
 """A mixture of the vectors' text as a vector of the pool: trained, searched, known everywhere."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +27,7 @@ from optimer_hf.study.space import to_unit
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.training.mixture import draw_shares
 from tests.support.experiments import run_optimer
+from tests.support.warm import start_optimer
 
 MIX = {"mixture": {"aaa": 3, "xyz": 1}, "budget": "one"}
 
@@ -63,16 +59,7 @@ def run_killed(recipe_dir: Path, out: Path, training: str) -> Path:
 
 def kill_at(recipe_dir: Path, out: Path, mark: str) -> None:
     """Run a recipe, and kill the run as soon as a file that matches `mark` is there."""
-    command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None, "it was killed before its end"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    start_optimer("run", recipe_dir, out).kill_when(lambda: list(out.glob(mark)))
 
 
 def test_a_mixture_is_a_vector_like_any_other(mixed_run: Path, recipe_dir: Path):

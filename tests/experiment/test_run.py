@@ -1,12 +1,12 @@
 """The main job on a tiny model through the command line: run, again, kill, go on; bad folders."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from optimer_hf.experiment.run import claim_directory
 from optimer_hf.recipes.record import Lock
 from tests.support.added_tokens import END, START, TEMPLATE, save_tuned, with_tokens
 from tests.support.experiments import run_optimer
+from tests.support.warm import start_optimer
 
 
 def test_a_run_goes_from_corpora_to_a_model_that_generates(finished: Path):
@@ -147,29 +148,25 @@ def test_a_finished_run_notices_other_text_outside_its_folder(
     assert "was trained with a different content of corpus under the same name" in again.stderr
 
 
+def has_file(out: Path, pattern: str) -> bool:
+    """Whether a file or directory below `out` matches."""
+    return any(out.glob(pattern))
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     finished: Path, recipe_dir: Path, tmp_path: Path
 ):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
     marks = [
         "vectors/aaa/checkpoints/checkpoint-*/trainer_state.json",
         "vectors/xyz/started.json",
         "study/trials.jsonl",
+        "study/sealed.jsonl",
     ]
-    marks += ["study/sealed.jsonl"]
     for mark in marks:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        deadline = time.monotonic() + 120
-        while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, capture_output=True)
+        start_optimer("run", recipe_dir, out).kill_when(partial(has_file, out, mark))
+    assert start_optimer("run", recipe_dir, out).wait() == 0
     for name in ("aaa", "xyz"):
         whole, resumed = (
             json.loads((run / "vectors" / name / "training.json").read_text())["training"]["losses"]
@@ -317,21 +314,13 @@ def test_a_fixed_instruct_like_vector_is_in_every_trial(
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(recipe_dir: Path, tmp_path: Path):
     out = tmp_path / "out"
-    # a shell without job control starts what runs in the background with SIGINT ignored
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from optimer_hf.cli import main; main()"
-    )
-    command = [sys.executable, "-c", code, "run", str(recipe_dir), str(out)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = start_optimer("run", recipe_dir, out, said=tmp_path / "said.txt")
     deadline = time.monotonic() + 120
-    while not list(out.glob("vectors/*/*")) and time.monotonic() < deadline:
+    while not has_file(out, "vectors/*/*") and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
+    process.signal(signal.SIGINT)
+    status, said = process.wait(), (tmp_path / "said.txt").read_text()
+    assert status == 130, said
     assert f"to resume: optimer run {recipe_dir} {out}" in said
     assert "Traceback" not in said
 

@@ -1,13 +1,8 @@
 """loop.py: resuming after any cut, crashes, and a real study on tiny models."""
 
-import contextlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +42,7 @@ from tests.support.landscapes import (
     outcome,
     slope,
 )
+from tests.support.warm import Warm
 
 
 def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
@@ -329,8 +325,10 @@ def test_a_reader_leaves_the_line_that_a_running_search_is_writing(uninterrupted
 def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
     whole = (uninterrupted.directory / "trials.jsonl").read_bytes()
     log, n_whole = tmp_path / "trials.jsonl", 0
-    for number, line in enumerate(whole.splitlines(keepends=True)):
-        for n_bytes in range(len(line)):
+    lines = whole.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        step = 1 if number in (0, len(lines) - 1) else 29
+        for n_bytes in range(0, len(line), step):
             torn = whole[: n_whole + n_bytes]
             log.write_bytes(torn)
             assert len(TrialLog(log).trials) == number
@@ -338,47 +336,37 @@ def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted,
         n_whole += len(line)
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from tests.support import landscapes
-from optimer_hf.searching.loop import search, search_on
-from optimer_hf.searching.runner import InProcess
+def search_slowly(directory: Path, gradients: str, pool: type[FunctionPool]) -> None:
+    """Search in this process, with a tenth of a second for each trial."""
 
-class SlowPool(getattr(landscapes, sys.argv.pop())):
-    def score(self, *arguments, **options):
-        time.sleep(0.1)
-        return super().score(*arguments, **options)
+    class SlowPool(pool):
+        def score(self, *arguments, **options):
+            time.sleep(0.1)
+            return super().score(*arguments, **options)
 
-settings = {"n_trials": 12, "rescore_top": 2, "gradients": sys.argv.pop()}
-config = landscapes.config_of(search=settings)
-search(config, Path(sys.argv[1]), runner=InProcess(SlowPool))
-"""
+    config = config_of(search={"n_trials": 12, "rescore_top": 2, "gradients": gradients})
+    search(config, directory, runner=InProcess(SlowPool))
 
 
 def start_search(
     directory: Path, gradients: str = "never", pool: type[FunctionPool] = FunctionPool
-) -> subprocess.Popen:
-    here = Path(__file__).parents[1]
-    arguments = [str(directory), str(here), str(here.parent), gradients, pool.__name__]
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
+) -> Warm:
+    return Warm(search_slowly, directory, gradients, pool)
 
 
-def wait_for_lines(path: Path, n: int) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.read_bytes().count(b"\n") < n:
-        assert time.monotonic() < deadline, "the search did not get that far"
-        time.sleep(0.01)
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninterrupted, tmp_path):
-    process = start_search(tmp_path / "s")
-    wait_for_lines(tmp_path / "s" / "trials.jsonl", 8)
-    with pytest.raises(StudyError, match="another process is working in it"):
-        search(config_of(), tmp_path / "s", runner=InProcess(no_pool))
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    def is_far_enough() -> bool:
+        if count_lines(tmp_path / "s" / "trials.jsonl") < 8:
+            return False
+        with pytest.raises(StudyError, match="another process is working in it"):
+            search(config_of(), tmp_path / "s", runner=InProcess(no_pool))
+        return True
+
+    start_search(tmp_path / "s").kill_when(is_far_enough)
     assert 8 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
     assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
         uninterrupted
@@ -388,10 +376,10 @@ def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninter
 def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_path):
     for _ in range(5):
         process = start_search(tmp_path / "s")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=random.SystemRandom().uniform(1, 6))  # any moment, other ones
+        moment = time.monotonic() + random.SystemRandom().uniform(0, 2)  # any, each time another
+        while process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.01)
         process.kill()
-        process.wait()
     assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
         uninterrupted
     )
@@ -457,9 +445,7 @@ def test_a_killed_search_with_gradients_resumes_to_the_same_trials(steered, tmp_
     whole = search(config, tmp_path / "whole", runner=InProcess(GradientPool))
     assert outcome(whole)[:10] == outcome(steered)[:10]
     process = start_search(tmp_path / "s", "auto", GradientPool)
-    wait_for_lines(tmp_path / "s" / "trials.jsonl", 4)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill_when(lambda: count_lines(tmp_path / "s" / "trials.jsonl") >= 4)
     assert 4 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
     resumed = search(config, tmp_path / "s", runner=InProcess(GradientPool))
     assert outcome(resumed) == outcome(whole)
@@ -534,6 +520,7 @@ def test_an_objective_without_a_gradient_is_searched_as_ever_and_says_so(tmp_pat
     assert caplog.text.count("no term has a gradient at the base") == 1
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_take_gradients_too(tmp_path):
     runner = Workers(n_workers=2, pool=GradientPool)
     study = search(with_gradients("always"), tmp_path / "s", runner=runner)
@@ -543,6 +530,7 @@ def test_workers_take_gradients_too(tmp_path):
     assert study.is_finished and study.value(study.best_trial) > 0.1
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_trials_with_gradients_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
     config = with_gradients("always", 12)
     whole = search(config, tmp_path / "whole", runner=Workers(n_workers=2, pool=GradientPool))
@@ -675,6 +663,7 @@ def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
     assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5  # the base, and four of them
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_path):
     config = config_of(search={"n_trials": 12, "rescore_top": 2})
     study = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=FunctionPool))

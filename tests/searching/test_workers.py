@@ -6,8 +6,6 @@ import gc
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -33,6 +31,9 @@ from optimer_hf.searching.trial import ResidentPool, Scored, run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate, Trial
+from tests.support.warm import start_optimer
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 
 def config_of(directory: Path, n_trials: int = 30) -> StudyConfig:
@@ -294,14 +295,23 @@ def test_a_stranger_is_answered_where_there_are_no_keys(cluster):
     assert called(cluster.scheduler_address, None)["type"] == "Scheduler"
 
 
-def test_local_workers_share_the_cores(tmp_path):
+@pytest.fixture
+def cold_workers(warm_workers):
+    """Workers that import torch after Dask has set their environment, as those of a user do."""
+    with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
+        yield
+
+
+def test_local_workers_share_the_cores(tmp_path, cold_workers):
     config = config_of(tmp_path)
     with Workers(n_workers=1, pool=ThreadsPool).open(config) as workers:
         assert run(workers, config, [0])[0].terms["t"].score == dask.system.CPU_COUNT
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, SPINS["GOMP_SPINCOUNT"]), ("77", "77")])
-def test_threads_of_local_workers_spin_for_a_while(tmp_path, monkeypatch, given, expected):
+def test_threads_of_local_workers_spin_for_a_while(
+    tmp_path, monkeypatch, cold_workers, given, expected
+):
     for name in DECIDING:
         monkeypatch.delenv(name, raising=False)
     if given is not None:
@@ -400,7 +410,9 @@ def test_a_trial_goes_on_when_the_only_worker_is_killed_and_starts_again(tmp_pat
     config = config_of(tmp_path)
     with Workers(n_workers=1, pool=WaitingPool).open(config) as workers:
         workers.submit(candidate_of(0), asked_of(config))
-        os.kill(wait_for_files(tmp_path, "started", 1)[0], signal.SIGKILL)
+        (worker,) = wait_for_files(tmp_path, "started", 1)
+        time.sleep(1)  # Dask gives up on a worker that dies while it starts
+        os.kill(worker, signal.SIGKILL)
         (tmp_path / "go").touch()
         assert workers.next_finished().status == "ok"
     assert len(set(files(tmp_path, "opened"))) == 2
@@ -604,13 +616,8 @@ def test_several_workers_that_would_each_take_all_gpus_are_refused(tmp_path):
 
 # -- signals ---------------------------------------------------------------------------------------
 
+
 # a shell without job control starts what runs in the background with SIGINT ignored
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from optimer_hf.cli import main; main()"
-)
-
-
 def is_alive(group: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
@@ -619,7 +626,7 @@ def is_alive(group: int) -> bool:
 
 
 def test_a_signal_to_the_whole_process_group_leaves_no_process_and_nothing_temporary(
-    make_base, make_adapter, corpus_dir, tmp_path
+    make_base, make_adapter, corpus_dir, tmp_path, monkeypatch
 ):
     base = make_base("gemma", torch.float32)
     data = {
@@ -632,26 +639,21 @@ def test_a_signal_to_the_whole_process_group_leaves_no_process_and_nothing_tempo
     study, out, scratch = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "tmp"
     study.write_text(yaml.safe_dump(data))
     scratch.mkdir()
-    command = [sys.executable, "-c", COMMAND, "search", str(study), str(out), "--workers", "2"]
+    words = "search", study, out, "--workers", "1"
+    monkeypatch.setenv("TMPDIR", str(scratch))
     n_before = 0
     for number, status in {signal.SIGTERM: 143, signal.SIGINT: 130}.items():
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=os.environ | {"TMPDIR": str(scratch)},
-        )
+        said = tmp_path / f"said-{number}.txt"
+        process = start_optimer(*words, said=said)
         deadline = time.monotonic() + 120
         while n_trials_in(out) < n_before + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.killpg(process.pid, number)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == status, said
-        lines = [line for line in said.splitlines() if line and not line.startswith("search: ")]
-        assert len(lines) == 1, said
-        assert lines[0].startswith("interrupted. Finished stages and trials"), said
+        process.signal(number)
+        assert process.wait(60) == status, said.read_text()
+        lines = [line for line in said.read_text().splitlines() if line]
+        lines = [line for line in lines if not line.startswith("search: ")]
+        assert len(lines) == 1, said.read_text()
+        assert lines[0].startswith("interrupted. Finished stages and trials"), lines
         deadline = time.monotonic() + 20
         while is_alive(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)

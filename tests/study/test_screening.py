@@ -207,6 +207,7 @@ def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, t
         assert outcome(search(config, there, runner=InProcess(LargePool))) == outcome(whole)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_wait_for_the_places_of_a_screen_and_try_each_of_the_kept_alone(tmp_path):
     config = large(4, "never")
     study = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=LargePool))

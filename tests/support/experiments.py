@@ -1,5 +1,6 @@
 """A tiny folder of inputs, and a run of it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,12 @@ def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
     """A recipe folder: two vectors trained on made-up languages, a third language to keep, a
     sealed test, and a retargeted objective.
     """
-    folder = tmp_path / "recipes" / "tiny"
+    return write_recipe(tmp_path / "recipes" / "tiny", str(make_base("gemma").path), corpus_dir)
+
+
+def write_recipe(folder: Path, base: str, corpus_dir: Path) -> Path:
+    """Write the folder above, and return it."""
     folder.mkdir(parents=True)
-    base = str(make_base("gemma").path)
     for name in ("aaa", "xyz"):
         config = TRAIN | {
             "name": name,
@@ -60,10 +64,19 @@ def run_optimer(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory, make_base, corpus_dir: Path) -> Path:
+    """A finished run of `recipe_dir`, of which each test gets a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder / "recipes" / "tiny", str(make_base("gemma").path), corpus_dir)
+    result = run_optimer("run", recipe, folder / "out")
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
 @pytest.fixture
-def finished(recipe_dir: Path, tmp_path: Path) -> Path:
+def finished(finished_once: Path, tmp_path: Path) -> Path:
     """A finished run."""
     out = tmp_path / "runs" / "tiny"
-    result = run_optimer("run", recipe_dir, out)
-    assert result.exit_code == 0, result.output
+    shutil.copytree(finished_once, out, symlinks=True)
     return out
