@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
-from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
+from optimer_hf.comparison.rows import OF_ATTEMPTS, OF_ONE_VECTOR, mark_title, title_of
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.attempts_figure import list_single_attempts, write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
@@ -208,8 +208,8 @@ def attempts_to_markdown(
     """
     if not any(row.kind == "attempts" for row in rows):
         return ""
-    tried = [row for row in rows if row.kind == "alone" and row.subject in single_attempts]
-    tried += [row for row in rows if row.kind == "attempts"]
+    tried = [row for row in rows if row.kind in OF_ONE_VECTOR and row.subject in single_attempts]
+    tried += [row for row in rows if row.kind in OF_ATTEMPTS]
     numbers = [
         [row.name, *(_show(row.gain.minus(other.gain), unit) for other in tried)]
         for row in rows

@@ -96,17 +96,21 @@ def test_searched_merges_are_compared_with_attempts_under_the_same_seed():
         gains("alone", "x", 0.5, 0.5),
         gains("alone", "mix", 0.25, 0.125),
         gains("other_search", "without mix", 0.5, 0.5),
+        gains("best_scale", "mix", 0.25, 0.25),
         gains("attempts", "4", 0.375, 0.125),
+        gains("scaled_attempts", "4", 0.5, 0.125),
         gains("merge", "", 0.5, 0.25),
     ]
     table = attempts_to_markdown(rows, ["mix"], Unit(100.0, "in percent")).splitlines()
-    assert table[3] == "| row | mix at 1.0 | best of 4 data mixtures at equal cost |"
+    names = ["mix at 1.0", "mix at its best scale", "best of 4 data mixtures at equal cost"]
+    names += [f"{names[-1]}, at its best scale"]
+    assert table[3] == f"| row | {' | '.join(names)} |"
     half = 12.7062 * 0.0625  # Student's t with one degree of freedom
     ends = f"[{(0.3125 - half) * 100:+.2f} %, {(0.3125 + half) * 100:+.2f} %]"
-    assert table[5].startswith(f"| without mix | +31.25 % {ends} | +25.00 % [")
+    assert table[5].startswith(f"| without mix | +31.25 % {ends} | +25.00 % | +25.00 % [")
     assert table[6].startswith("| searched merge | +18.75 % [")
     assert len(table) == 7
-    assert attempts_to_markdown([*rows[:4], rows[5]], ["mix"], Unit(100.0, "in percent")) == ""
+    assert attempts_to_markdown([*rows[:4], rows[-1]], ["mix"], Unit(100.0, "in percent")) == ""
 
 
 @pytest.mark.slow
