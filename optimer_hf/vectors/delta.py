@@ -74,14 +74,16 @@ def measure_norms(vector: DistributionVector, base: Tensors) -> tuple[float, flo
     return math.sqrt(squares), relative
 
 
-def warn_of_norm(name: str, norm: float, relative: float) -> None:
-    """Warn of a vector that is larger than the base tensors it moves, and of one that is zero."""
+def warn_of_norm(name: str, norm: float, relative: float, *, sample: str = "") -> None:
+    """Warn of a vector that is larger than the base tensors it moves, and of one that is zero.
+    `sample` says which part of it was read, if not all of it.
+    """
     if relative > 1:
         warn_once(
             logger,
             f"vector {name}: its delta is larger than the base tensors it moves "
-            f"({100 * relative:.0f} %). Check that this is its base, and that the learning rate "
-            "was not too high.",
+            f"({100 * relative:.0f} %{sample}). Check that this is its base, and that the learning "
+            "rate was not too high.",
         )
     if norm == 0:
         warn_once(
@@ -111,7 +113,8 @@ def warn_of_norms(vectors: Sequence[DistributionVector], base: Tensors) -> None:
                 warn_of_norm(vector.name, 0.0, 0.0)
         elif math.isfinite(squares) and math.isfinite(base_squares):
             relative = math.sqrt(squares / max(base_squares, 1e-30))
-            warn_of_norm(vector.name, math.sqrt(squares), relative if relative > 2 else 0.0)
+            norm, shown = math.sqrt(squares), relative if relative > 2 else 0.0
+            warn_of_norm(vector.name, norm, shown, sample=" in a sample of them")
 
 
 def _is_zero(vector: DistributionVector, base: Tensors, names: Sequence[str]) -> bool:

@@ -119,6 +119,19 @@ def test_a_mostly_frozen_vector_is_read_until_a_number_has_moved(
     assert ["it is zero" in message for message in caplog.messages] == [True] * (not moved)
 
 
+def test_the_share_of_a_sample_is_not_taken_for_that_of_the_vector(base, tmp_path, caplog):
+    def move(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = 8 * tensor  # without rounding
+
+    vector = open_vector("far off", str(edit_weights(base.path, tmp_path / "huge", move)), base)
+    stored = Checkpoint(base.path)
+    warn_of_norms([vector], stored)
+    measure_norms(vector, stored)
+    sampled, whole = caplog.messages
+    assert "(700 % in a sample of them)" in sampled and "(700 %)" in whole
+
+
 def test_the_record_of_a_vector_repeats_what_training_recorded(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "ja")
     RECORD.write(tmp_path / "ja" / TRAINING_FILE)
