@@ -39,6 +39,7 @@ from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
 from optimer_hf.files.text import quote
 from optimer_hf.models.spinning import choose_spins
+from optimer_hf.progress import announce
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
@@ -179,10 +180,11 @@ class Cluster:
 
         Raises what `next_finished` raises, and StudyError if all workers die of it.
         """
-        self._wait_for_workers()
-        with self._naming_lost_scheduler():
-            future = self._client.submit(_digest_in_worker, self._opening, pure=False)
-            self._wait_for_one([future])
+        with announce("search: opening base, vectors and tasks in the workers"):
+            self._wait_for_workers()
+            with self._naming_lost_scheduler():
+                future = self._client.submit(_digest_in_worker, self._opening, pure=False)
+                self._wait_for_one([future])
         try:
             inputs: dict[str, str] = self._result_of(future)
         except _AllDiedError as error:

@@ -7,7 +7,10 @@ import pytest
 import torch
 import yaml
 
+from optimer_hf.errors import StudyError
+from optimer_hf.searching.workers import Cluster, Workers
 from tests.support.cli import assert_is_merge, optimer, search_merge
+from tests.support.landscapes import config_of
 
 
 def test_a_mergekit_yaml_of_base_plus_adapter_is_searched(
@@ -109,3 +112,14 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     assert message in optimer(*arguments, ok=False).stderr
+
+
+def test_a_search_says_that_it_waits_for_its_workers(monkeypatch, caplog):
+    def never(cluster):
+        raise StudyError("no worker")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Cluster, "_wait_for_workers", never)
+    with pytest.raises(StudyError):
+        Workers(n_workers=2).open(config_of()).digest_inputs()
+    assert caplog.messages == ["search: opening base, vectors and tasks in the workers"]
