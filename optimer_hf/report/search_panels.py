@@ -78,6 +78,7 @@ def progress_panel(evidence: Evidence) -> Panel | None:
     axes[0].step(numbers, best, where="post", color=MERGE, label="best so far")
     axes[0].axhline(0, color=INK, linewidth=0.7, zorder=0)
     axes[0].set_xlabel("trial")
+    axes[0].locator_params(axis="x", integer=True)
     axes[0].set_ylabel(search_axis(evidence))
     figure.legend(loc="outside upper left", ncols=3)
     minutes = sum(seconds_of(trial) for trial in trials) / 60

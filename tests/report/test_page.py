@@ -192,8 +192,9 @@ def test_a_study_of_one_vector_has_a_report(tmp_path):
         vectors={"w": {"source": "/nowhere/w"}}, search={"n_trials": 5, "rescore_top": 0}
     )
     searched = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    panels = write_report(searched, tmp_path / "r.html")
-    assert "cosines" not in {panel.name for panel in panels}
+    panels = {panel.name: panel for panel in write_report(searched, tmp_path / "r.html")}
+    assert "cosines" not in panels
+    assert all(tick == int(tick) for tick in panels["progress"].figure.axes[0].get_xticks())
 
 
 def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
