@@ -55,14 +55,14 @@ def search(
     resumes the search. Prints the best merge as a mergekit YAML.
     """
     from optimer_hf.comparison.summary import study_lines, study_to_json
-    from optimer_hf.recipes.from_search import search_study
+    from optimer_hf.recipes.from_search import search_study, why_not_mergekit
 
     runner = runner_of(workers, scheduler)
     result, merge_config = search_study(study, study_dir, runner=runner, **options)
     if output == "json":
         echo(json.dumps(study_to_json(result), indent=2))
         return
-    _print_merge_config(study, result, merge_config)
+    _print_merge_config(study, result, merge_config, why_not_mergekit(result, study, study_dir))
     echo_markdown("\n".join(study_lines(result)), err=True)
     if result.config.test is not None:
         echo(f"compare it: optimer compare {study_dir}", err=True)
@@ -70,12 +70,15 @@ def search(
     echo(f"build it: optimer build {study_dir / 'recipe.yaml'} OUT", err=True)
 
 
-def _print_merge_config(given: Path, result: "Study", merge_config: Mapping[str, Any]) -> None:
+def _print_merge_config(
+    given: Path, result: "Study", merge_config: Mapping[str, Any], obstacle: str | None
+) -> None:
     """Print a mergekit YAML; whatever else stdout gets is a comment."""
     from optimer_hf.comparison.summary import headline
     from optimer_hf.searching.study_file import merge_text
 
-    echo(merge_text(given, merge_config, headline(result)).rstrip("\n"))
+    notes = [headline(result), *([obstacle] if obstacle else [])]
+    echo(merge_text(given, merge_config, *notes).rstrip("\n"))
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer retarget my-study other-objective.yaml")

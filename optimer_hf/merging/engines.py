@@ -13,6 +13,7 @@ from optimer_hf.files.staging import require_empty
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit import run_mergekit, write_card
 from optimer_hf.merging.mergekit_checks import refuse_no_tokenizer
+from optimer_hf.merging.mergekit_names import list_unreadable
 from optimer_hf.merging.mergekit_pool import (
     LinearMerge,
     linear_merge_of,
@@ -112,7 +113,11 @@ def _needs_writer(linear: LinearMerge) -> bool:
     if any((path / "adapter_config.json").exists() for path in paths):
         return True
     records = [read_record(path) for path in paths]
-    return bool(linear.groups) and any(each and each.dtype == QUANTISED for each in records)
+    if linear.groups and any(each and each.dtype == QUANTISED for each in records):
+        return True
+    pairs = zip(paths, records, strict=True)
+    models = {str(path): path for path, each in pairs if not each or each.kind != "delta"}
+    return bool(list_unreadable(resolve_model(linear.base_model).path, models))
 
 
 def _skips_values(linear: LinearMerge) -> bool:

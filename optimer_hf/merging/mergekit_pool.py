@@ -1,6 +1,6 @@
 """Convert between mergekit's YAML and a pool of vectors with weights."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,9 @@ from optimer_hf.merging.mergekit_settings import (
 from optimer_hf.vectors.groups import Groups, weights_of_groups
 
 INT8 = "int8"  # kind of the deltas that mergekit cannot read
+BASE_FIELD, VECTORS = "base_model", "vectors"  # fields that name the models of a recipe
+UNREAD = "unread"  # kind of the vectors whose tensors mergekit does not find
+ON_UNREAD = "on unread"  # kind of all vectors if it does not find those of the base
 WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 
 
@@ -185,16 +188,31 @@ def _tokenizer_source(config: Mapping[str, Any]) -> Any:
     return config.get("tokenizer_source") or "base"
 
 
-def mergekit_can_merge(
-    references: Iterable[str], kinds: Collection[str], *, joins_tokens: bool
-) -> bool:
-    """Whether mergekit alone can read the models of a merge, and join their tokens where they are
-    to be joined: it reads nothing from PyPI, and of a model with an adapter it takes the tokens of
-    the model for those of the adapter.
+def why_not_plain(
+    references: Iterable[str], kinds: Mapping[str, str], *, joins_tokens: bool
+) -> str | None:
+    """Return why mergekit alone cannot read the models of a merge, or join their tokens where they
+    are to be joined; None if it can. `kinds` has the kind of each vector.
+
+    It reads nothing from PyPI, and of a model with an adapter it takes the tokens of the model for
+    those of the adapter.
     """
-    if any(Reference(text).package is not None for text in references) or INT8 in kinds:
-        return False
-    return not joins_tokens or set(kinds) <= {"checkpoint"}
+    packages = [text for text in references if Reference(text).package is not None]
+    if packages:
+        return f"it does not read {packages[0]} from PyPI"
+    by_kind = {kind: name for name, kind in reversed([*kinds.items()])}  # the first of each
+    if ON_UNREAD in by_kind:
+        return "it would not find, or would leave out, tensors of the base, whose names it lacks"
+    if UNREAD in by_kind:
+        return (
+            f"it looks tensors up by the names in the base, and those of {by_kind[UNREAD]!r} have "
+            "others"
+        )
+    if INT8 in by_kind:
+        return f"{by_kind[INT8]!r} is an int8 delta, which it does not read"
+    if joins_tokens and set(by_kind) - {"checkpoint"}:
+        return "it joins the tokens of checkpoints only"
+    return None
 
 
 def _shortest_form(name: ModelName) -> Any:
@@ -345,22 +363,49 @@ def plain_config_of(
     n_layers: int | None,
 ) -> dict[str, Any] | None:
     """Return the config with which mergekit alone makes the merge of a study or a recipe; None if
-    it cannot. `kinds` has the kind of each vector.
-
-    It cannot for a model from PyPI, int8 deltas, deltas beside other vectors, adapters or deltas in
-    a union, and the tokenizer of another model: it would cut the embedding to its tokens.
+    `obstacle_to_plain` says why it cannot. `kinds` has the kind of each vector.
     """
     is_union, used = record.vocabulary == "union", list(record.sources)
-    if any(name not in kinds for name in used) or (record.tokenizer_reference and not is_union):
-        return None
-    references = [record.base_model, *record.sources.values()]
-    if not mergekit_can_merge(references, kinds.values(), joins_tokens=is_union):
+    if obstacle_to_plain(record, weights, kinds) is not None:
         return None
     sources = {name: in_form_of_mergekit(source) for name, source in record.sources.items()}
     settings = settings_of(used, weights, record.groups, n_layers)
     base = in_form_of_mergekit(record.base_model)
     config = vanilla_config(base, sources, settings, record.dtype, kinds)
     return with_tokenizer(config, "union") if is_union and config is not None else config
+
+
+def obstacle_to_plain(
+    record: Merged, weights: Mapping[str, float], kinds: Mapping[str, str]
+) -> str | None:
+    """Return why mergekit alone cannot make the merge of a study or a recipe, as a clause; None if
+    it can. `kinds` has the kind of each vector.
+
+    It cannot for deltas beside other vectors, and for the tokenizer of another model, to which it
+    would cut the embedding; nor for what `why_not_plain` names.
+    """
+    is_union = record.vocabulary == "union"
+    if unknown := [name for name in record.sources if name not in kinds]:
+        return f"the lock does not say what {unknown[0]!r} is"
+    if record.tokenizer_reference and not is_union:
+        return "it would cut the embedding to the tokens of tokenizer_source"
+    references = [record.base_model, *record.sources.values()]
+    if reason := why_not_plain(references, kinds, joins_tokens=is_union):
+        return reason
+    used = _used_names(record, weights)
+    return "it does not add deltas beside other vectors" if _mixes_deltas(kinds, used) else None
+
+
+def _used_names(record: Merged, weights: Mapping[str, float]) -> list[str]:
+    """Return the vectors with a weight that is not zero."""
+    tables = {
+        name: weights_of_groups(name, record.groups.get(name), weights) for name in record.sources
+    }
+    return [name for name, own in tables.items() if any(own.values())]
+
+
+def _mixes_deltas(kinds: Mapping[str, str], used: Iterable[str]) -> bool:
+    return len({kinds.get(name) == "delta" for name in used}) > 1
 
 
 def in_form_of_mergekit(reference: str) -> str:
@@ -383,8 +428,7 @@ def vanilla_config(
     are left out. Its command is `mergekit_command`.
     """
     used = {name: source for name, source in sources.items() if not is_zero(weights[name])}
-    of_deltas = {kinds.get(name) == "delta" for name in used}
-    if len(of_deltas) > 1:
+    if _mixes_deltas(kinds, used):
         return None
     entries = [
         {
@@ -393,7 +437,7 @@ def vanilla_config(
         }
         for name, source in used.items()
     ]
-    are_deltas = of_deltas == {True}
+    are_deltas = any(kinds.get(name) == "delta" for name in used)
     if are_deltas or not entries:
         entries = [{"model": base_model, "parameters": {"weight": 1.0}}, *entries]
     return {

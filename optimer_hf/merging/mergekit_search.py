@@ -23,11 +23,11 @@ from optimer_hf.merging.mergekit_pool import (
     entries_of,
     is_union,
     makes_tokenizer,
-    mergekit_can_merge,
     model_name_in,
     pool_of,
     settings_of,
     vector_names,
+    why_not_plain,
 )
 from optimer_hf.merging.mergekit_settings import (
     WHOLE,
@@ -407,13 +407,11 @@ def with_weights(
     written in it. `kinds` has the kind of each vector.
 
     The method is `task_arithmetic`, which stock mergekit has and which gives the same merge, unless
-    there are deltas or `mergekit_can_merge` says no; then it is `optimer`, and a list of models.
+    `obstacle_in` names a reason; then it is `optimer`, and a list of models.
     Tokenizer and chat template are kept; parameters of other methods (density, ...) are not.
     """
-    base, sources = pool_of(config, path)
-    is_plain = "delta" not in kinds.values() and mergekit_can_merge(
-        [base, *sources.values()], kinds.values(), joins_tokens=is_union(config)
-    )
+    _, sources = pool_of(config, path)
+    is_plain = obstacle_in(config, path, kinds) is None
     settings = settings_of(sources, weights, layers.groups, layers.number)
     written = {
         name: _as_written(config, model, path, kinds[name] if is_plain else "")
@@ -432,6 +430,16 @@ def with_weights(
         "out_dtype": config.get("out_dtype") or config.get("dtype") or "bfloat16",
     }
     return ours | {key: config[key] for key in KEPT if config.get(key) is not None}
+
+
+def obstacle_in(config: Mapping[str, Any], path: Path, kinds: Mapping[str, str]) -> str | None:
+    """Return why mergekit alone cannot make a merge of the models of a mergekit config, as a
+    clause; None if it can. `kinds` has the kind of each vector.
+    """
+    base, sources = pool_of(config, path)
+    if "delta" in kinds.values():
+        return "it reads a delta as a model"
+    return why_not_plain([base, *sources.values()], kinds, joins_tokens=is_union(config))
 
 
 def _first_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from optimer_hf.searching.study_file import (
     merge_config_of_study,
     naming_groups,
     naming_terms,
+    obstacle_of_study,
     read_study,
 )
 from optimer_hf.study.directory import Study
@@ -44,3 +45,12 @@ def search_study(
     write_recipe(study, recipe_yaml, name=path.stem, ledger=ledger_of_study(study))
     kinds = Lock.read(study_dir / LOCK).stored_kinds
     return study, merge_config_of_study(config, study.best_trial.weights, path, kinds)
+
+
+def why_not_mergekit(study: Study, path: Path, study_dir: Path) -> str | None:
+    """Return why the config that `search_study` returned for the study in a file is not for
+    mergekit alone, as a sentence; None if it is.
+    """
+    kinds = Lock.read(study_dir / LOCK).stored_kinds
+    obstacle = obstacle_of_study(study.config, study.best_trial.weights, path, kinds)
+    return obstacle and f"mergekit alone cannot make this merge: {obstacle}."

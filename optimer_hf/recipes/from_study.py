@@ -7,8 +7,8 @@ from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.merging.mergekit_pool import mergekit_command
-from optimer_hf.recipes.record import MERGE_CONFIG, VANILLA_CONFIG, Recipe
+from optimer_hf.merging.mergekit_pool import BASE_FIELD, mergekit_command, obstacle_to_plain
+from optimer_hf.recipes.record import MERGE_CONFIG, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.study.directory import Study, load_study
@@ -18,16 +18,21 @@ from optimer_hf.study.trials import Trial
 
 @dataclass(frozen=True)
 class WrittenRecipe:
-    """What lies beside a recipe, by name, and how mergekit alone makes its merge."""
+    """What lies beside a recipe, by name, and how mergekit alone makes its merge, or why it cannot
+    and whether `--vanilla` would help.
+    """
 
     beside: list[str]
     command: str | None
+    obstacle: str | None = None
+    is_vanilla_possible: bool = True
 
     def describe(self) -> str:
         """Return lines for the person who wrote the recipe."""
         alone = f"with mergekit alone: {self.command}"
         if self.command is None:
-            alone = "mergekit alone cannot make this merge; --vanilla writes a config that it can"
+            alone = f"mergekit alone cannot make this merge: {self.obstacle}"
+            alone += "; --vanilla writes a config that it can" * self.is_vanilla_possible
         return f"beside it: {', '.join(self.beside)}\n{alone}"
 
 
@@ -50,7 +55,9 @@ def recipe_of_study(
     trial = _pick_trial(study, pick, study_dir)
     name = study_dir.resolve().name
     vanilla_yml = recipe_yaml.resolve().parent / VANILLA_CONFIG
-    write_with_evidence(study, recipe_yaml, name=name, pick=trial, derived_from=derived_from)
+    recipe = write_with_evidence(
+        study, recipe_yaml, name=name, pick=trial, derived_from=derived_from
+    )
     beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
     if vanilla:
         from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
@@ -60,7 +67,9 @@ def recipe_of_study(
     if vanilla_yml.exists():
         command = mergekit_command(read_yaml(vanilla_yml), str(vanilla_yml))
         beside.append(f"{VANILLA_CONFIG}{', with deltas/ where it needs them' * vanilla}")
-    return WrittenRecipe(beside, command)
+    lock = Lock.read(recipe_yaml.with_suffix(".lock.json"))
+    obstacle = obstacle_to_plain(recipe, recipe.weights, lock.stored_kinds)
+    return WrittenRecipe(beside, command, obstacle, BASE_FIELD not in lock.unread)
 
 
 def write_with_evidence(

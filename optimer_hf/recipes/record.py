@@ -23,7 +23,7 @@ from optimer_hf.files.reference import (
     tokenizer_reference,
 )
 from optimer_hf.files.text import summarize_numbers
-from optimer_hf.merging.mergekit_pool import INT8
+from optimer_hf.merging.mergekit_pool import BASE_FIELD, INT8, ON_UNREAD, UNREAD, VECTORS
 from optimer_hf.models.layout import MAX_SHARD_SIZE
 from optimer_hf.models.union import AddedToken, Vocabulary
 from optimer_hf.scoring.objective import Objective
@@ -332,13 +332,16 @@ class Lock(VersionedFile):
     union that the base lacks, with the vectors that their rows come from.
 
     `kinds` says which vectors are adapters, deltas or checkpoints, and `dtypes` how each delta is
-    stored. `max_shard_size` is the size limit for files of the built model, in bytes.
+    stored. `unread` are the models whose tensors mergekit alone does not find, as fields of the
+    recipe: `base_model`, `vectors.math`. `max_shard_size` is the size limit for files of the built
+    model, in bytes.
     """
 
     base: dict[str, str]
     vectors: dict[str, dict[str, str]]
     kinds: dict[str, str] = {}
     dtypes: dict[str, str] = {}
+    unread: list[str] = Field(default=[], exclude_if=lambda fields: not fields)
     tokenizer: dict[str, str] = {}
     added_tokens: dict[str, AddedToken] = Field(default={}, exclude_if=_is_empty)
     weights: dict[str, float]
@@ -348,9 +351,13 @@ class Lock(VersionedFile):
 
     @property
     def stored_kinds(self) -> dict[str, str]:
-        """The kind of each vector, with int8 deltas apart, which mergekit cannot read."""
+        """The kind of each vector, with those apart that mergekit cannot read: int8 deltas, and
+        vectors whose tensors, or those of the base, it does not find.
+        """
         quantised = [name for name, dtype in self.dtypes.items() if dtype == QUANTISED]
-        return self.kinds | dict.fromkeys(quantised, INT8)
+        unread = [name for name in self.kinds if f"{VECTORS}.{name}" in self.unread]
+        kinds = self.kinds | dict.fromkeys(quantised, INT8) | dict.fromkeys(unread, UNREAD)
+        return dict.fromkeys(kinds, ON_UNREAD) if BASE_FIELD in self.unread else kinds
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from optimer_hf.files.staging import finish_move
-from optimer_hf.merging.mergekit_pool import settings_of, vanilla_config
+from optimer_hf.merging.mergekit_names import list_unreadable
+from optimer_hf.merging.mergekit_pool import BASE_FIELD, settings_of, vanilla_config
 from optimer_hf.merging.mergekit_settings import is_zero
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
@@ -31,11 +32,12 @@ def write_vanilla(
     trial, or of the trial `pick`. Return whether there is one.
 
     Checkpoints and adapters are named as they are. Other pools (deltas beside other vectors, int8
-    deltas, vectors with other tokens than the base) only have a config with
-    `may_write_deltas`: then every vector is written as a delta directory, as large as the base,
-    under `deltas/` beside the config, and `linear` adds them to the base or to the copy of it
-    in the cache that has all tokens. If the merge has another tokenizer than the base, a comment
-    says which of its files to copy.
+    deltas, vectors with other tokens than the base or with other names of tensors) only have a
+    config with `may_write_deltas`: then every vector is written as a delta directory, as large as
+    the base, under `deltas/` beside the config, and `linear` adds them to the base or to the copy
+    of it in the cache that has all tokens. If the merge has another tokenizer than the base, a
+    comment says which of its files to copy. There is none if mergekit does not find the tensors of
+    the base.
     """
     config, weights = study.config, (pick or study.best_trial).weights
     original = resolve_model(config.base_model)
@@ -48,8 +50,12 @@ def write_vanilla(
     n_layers = layers_for(config.groups, base)
     settings = settings_of(config.sources, weights, config.groups, n_layers)
     merge_config = None
+    unread = list_unreadable(base.path, {v.name: v.path for v in vectors if v.kind == "checkpoint"})
+    if BASE_FIELD in unread:
+        path.unlink(missing_ok=True)
+        return False
     is_grown = base.path != original.path  # mergekit would cut rows without a token from the base
-    if not is_grown and not any(map(_is_quantised, vectors)):
+    if not is_grown and not unread and not any(map(_is_quantised, vectors)):
         sources = {vector.name: str(vector.path) for vector in vectors}
         kinds = {vector.name: vector.kind for vector in vectors}
         merge_config = vanilla_config(str(base.path), sources, settings, config.dtype, kinds)

@@ -1,8 +1,8 @@
 """Write the recipe of a finished study: recipe.yaml, its lock, optimer.yml and, if mergekit alone
 can make the merge, mergekit_config.yml.
 
-Weights are hashed and not read, so nothing here imports torch, unless the base is a GGUF file or
-the merge has the tokens of its vectors.
+Weights are hashed and not read, so nothing here imports torch, unless the base is a GGUF file, the
+merge has the tokens of its vectors, or only mergekit knows whether it finds their tensors.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_pinned, is_there, pin, relative_reference
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.versions import versions
+from optimer_hf.merging.mergekit_names import list_unreadable
 from optimer_hf.merging.mergekit_pool import merge_config_of
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_digests, weight_digests
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
@@ -143,11 +144,13 @@ def _lock_of(
     """Return the lock of a merge that is not built yet; `sources` by vector."""
     kinds = {key: kind_of_vector(source.path) for key, source in sources.items()}
     deltas = {key: read_record(sources[key].path) for key in kinds if kinds[key] == "delta"}
+    checkpoints = {key: sources[key].path for key in kinds if kinds[key] == "checkpoint"}
     return Lock(
         base=weight_digests(base.path),
         vectors={key: weight_digests(source.path) for key, source in sources.items()},
         kinds=kinds,
         dtypes={key: delta.dtype for key, delta in deltas.items() if delta and delta.dtype},
+        unread=list_unreadable(base.path, checkpoints),
         tokenizer=digests_of_tokenizer(config.tokenizer_reference),
         added_tokens=_added_tokens(config, base),
         weights=dict(weights),
@@ -247,7 +250,8 @@ def _write_lock(lock: Lock, path: Path) -> None:
     if path.exists():
         earlier = Lock.read(path)
         built = {"output": earlier.output, "max_shard_size": earlier.max_shard_size}
-        unrecorded = {"kinds": earlier.kinds, "dtypes": earlier.dtypes}  # locks may lack these
+        fields = ("kinds", "dtypes", "unread")  # which locks of earlier versions lack
+        unrecorded = {field: getattr(earlier, field) for field in fields}
         if lock.model_copy(update=built | unrecorded) == earlier:
             lock = lock.model_copy(update=built)
     lock.write(path)

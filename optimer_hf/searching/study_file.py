@@ -21,6 +21,7 @@ from optimer_hf.merging.mergekit_pool import (
     is_union,
     merge_config_of,
     mergekit_command,
+    obstacle_to_plain,
     plain_config_of,
     tokenizer_of,
     with_absolute_references,
@@ -30,6 +31,7 @@ from optimer_hf.merging.mergekit_search import (
     By,
     Layers,
     former_split,
+    obstacle_in,
     place_of_vector,
     pool_to_search,
     refuse_other_depth,
@@ -295,13 +297,25 @@ def merge_config_of_study(
     return plain or merge_config_of(here, weights, n_layers)
 
 
-def merge_text(path: Path, merge_config: Mapping[str, Any], note: str) -> str:
+def obstacle_of_study(
+    config: StudyConfig, weights: Mapping[str, float], path: Path, kinds: Mapping[str, str]
+) -> str | None:
+    """Return why `merge_config_of_study` is not a config for mergekit alone, as a clause; None if
+    it is one.
+    """
+    if is_for_mergekit(read_yaml(path)):
+        return obstacle_in(read_merge_config(path, warns=False), path, kinds)
+    return obstacle_to_plain(config, weights, kinds)
+
+
+def merge_text(path: Path, merge_config: Mapping[str, Any], *notes: str) -> str:
     """Return what `merge_config_of_study` made of the file at `path` as the text of a mergekit
-    YAML: that file with its comments, if it is one. A `note` follows its opening comments, with the
-    command that runs the text as THIS.yml.
+    YAML: that file with its comments, if it is one. The `notes` follow its opening comments, with
+    the command that runs the text as THIS.yml.
     """
     command = mergekit_command(merge_config, "THIS.yml")
-    note = f"# {note}\n# Save it beside {path.name} as THIS.yml. Run: {command}\n"
+    lines = [*notes, f"Save it beside {path.name} as THIS.yml. Run: {command}"]
+    note = "".join(f"# {line}\n" for line in lines)
     is_ours = not is_for_mergekit(read_yaml(path))
     edited = None if is_ours else text_with(merge_config, path)
     opening = "" if is_ours else "".join(opening_comments(path))

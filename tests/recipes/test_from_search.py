@@ -3,15 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import OutputError
-from optimer_hf.recipes.from_search import search_study
-from optimer_hf.recipes.record import VANILLA_CONFIG, Recipe
+from optimer_hf.hub.publication import vanilla_config_of
+from optimer_hf.recipes.build import build
+from optimer_hf.recipes.from_search import search_study, why_not_mergekit
+from optimer_hf.recipes.from_study import recipe_of_study
+from optimer_hf.recipes.record import LOCK, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import Study, load_study
 from tests.support.landscapes import FunctionPool
+from tests.support.merges import run_plain_mergekit, tensors_in
+from tests.support.weights import edit_weights
 
 STUDY = """\
 base_model: {base}
@@ -29,6 +36,58 @@ def study_yaml(make_base, make_tuned, tmp_path: Path) -> Path:
     path = tmp_path / "study.yaml"
     path.write_text(STUDY.format(base=base.path, **tuned))
     return path
+
+
+MERGEKIT_YAML = """\
+merge_method: task_arithmetic
+base_model: {base}
+models:
+  - {{model: {w}, parameters: {{weight: 1}}}}
+  - {{model: {x}, parameters: {{weight: 1}}}}
+  - {{model: {y}, parameters: {{weight: 1}}}}
+  - {{model: {z}, parameters: {{weight: 1}}}}
+dtype: bfloat16
+"""
+
+
+@pytest.fixture(params=["study", "mergekit"])
+def unread(request, make_base, make_tuned, tmp_path: Path) -> tuple[Path, Path | None]:
+    """A study or a mergekit YAML in which z has a prefix before its names, and its objective."""
+    base = make_base("llama")
+    tuned = {name: make_tuned(base, "llama", seed) for seed, name in enumerate("wxy")}
+    plain = make_tuned(base, "llama", 3)
+    tuned["z"] = edit_weights(plain, tmp_path / "vectors" / "z", lambda tensors: None)
+    file = tuned["z"] / "model.safetensors"
+    save_file({f"policy.{name}": each for name, each in load_file(file).items()}, file)
+    path, objective = tmp_path / "given.yaml", tmp_path / "objective.yaml"
+    text = {"study": STUDY, "mergekit": MERGEKIT_YAML}[request.param]
+    path.write_text(text.format(base=base.path, **tuned))
+    objective.write_text("terms: [{task: t}, {task: u}]\nlimit: 4\n")
+    return path, objective if request.param == "mergekit" else None
+
+
+def test_nothing_promises_mergekit_a_vector_whose_tensors_it_does_not_find(unread, tmp_path):
+    path, objective = unread
+    out, runner = tmp_path / "s", InProcess(FunctionPool)
+    study, config = search_study(path, out, objective=objective, n_trials=7, runner=runner)
+    assert config["merge_method"] == "optimer"
+    name = "z" if objective is None else list(study.config.vectors)[-1]
+    reason = f"looks tensors up by the names in the base, and those of {name!r} have others"
+    assert reason in str(why_not_mergekit(study, path, out))
+    lock, recipe = Lock.read(out / LOCK), Recipe.read(out / "recipe.yaml")
+    assert lock.unread == [f"vectors.{name}"]
+    assert not (out / VANILLA_CONFIG).exists() and vanilla_config_of(recipe, lock) is None
+
+    said = recipe_of_study(out, tmp_path / "r" / "recipe.yaml").describe()
+    assert reason in said and "--vanilla writes a config that it can" in said
+    said = recipe_of_study(out, tmp_path / "r" / "recipe.yaml", vanilla=True).describe()
+    assert "with mergekit alone: mergekit-yaml" in said
+    text = (tmp_path / "r" / VANILLA_CONFIG).read_text()
+    run_plain_mergekit(text, tmp_path / "theirs")
+    build(tmp_path / "r" / "recipe.yaml", tmp_path / "ours")
+    ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=2**-7, atol=1e-6)
 
 
 def search_again(study_yaml: Path, n_trials: int) -> Study:
