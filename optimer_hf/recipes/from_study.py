@@ -8,7 +8,14 @@ from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_pool import BASE_FIELD, mergekit_command, obstacle_to_plain
-from optimer_hf.recipes.record import MERGE_CONFIG, VANILLA_CONFIG, Lock, Recipe
+from optimer_hf.recipes.record import (
+    DELTAS,
+    MERGE_CONFIG,
+    VANILLA_CONFIG,
+    Lock,
+    Recipe,
+    path_beside,
+)
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.study.directory import Study, load_study
@@ -54,19 +61,21 @@ def recipe_of_study(
     study = load_study(study_dir)
     trial = _pick_trial(study, pick, study_dir)
     name = study_dir.resolve().name
-    vanilla_yml = recipe_yaml.resolve().parent / VANILLA_CONFIG
+    vanilla_yml = path_beside(recipe_yaml, VANILLA_CONFIG)
     recipe = write_with_evidence(
         study, recipe_yaml, name=name, pick=trial, derived_from=derived_from
     )
-    beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
+    beside = [f"{recipe_yaml.stem}.lock.json", path_beside(recipe_yaml, MERGE_CONFIG).name]
     if vanilla:
         from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
 
-        write_vanilla(study, vanilla_yml, pick=trial, may_write_deltas=True)
+        folder = path_beside(recipe_yaml, DELTAS)
+        write_vanilla(study, vanilla_yml, pick=trial, deltas=folder)
     command = None
     if vanilla_yml.exists():
         command = mergekit_command(read_yaml(vanilla_yml), str(vanilla_yml))
-        beside.append(f"{VANILLA_CONFIG}{', with deltas/ where it needs them' * vanilla}")
+        deltas = path_beside(recipe_yaml, DELTAS).name
+        beside.append(f"{vanilla_yml.name}{f', with {deltas}/ where it needs them' * vanilla}")
     lock = Lock.read(recipe_yaml.with_suffix(".lock.json"))
     obstacle = obstacle_to_plain(recipe, recipe.weights, lock.stored_kinds)
     return WrittenRecipe(beside, command, obstacle, BASE_FIELD not in lock.unread)
@@ -97,7 +106,7 @@ def write_with_evidence(
         derived_from=derived_from,
     )
     if pick is None:  # the figures show the best trial
-        write_figures(study, path.resolve().parent / FIGURES)
+        write_figures(study, path_beside(path, FIGURES))
     return recipe
 
 

@@ -41,10 +41,20 @@ TITLES: dict[Fidelity, str] = {  # of what a merge scored
     "sealed": "sealed test",
 }
 VANILLA_CONFIG = "mergekit_config.yml"  # for mergekit alone, if it can make the merge
+DELTAS = "deltas"  # the folder of vectors that only such a config reads
 LOCAL_RUN = "# The paths are those of this machine. Run: "  # it begins so, before its command,
 HUB_RUN = "# Run: "  # or so if it was published
 RUN_OF_0_1_0 = "# Paths are of this machine. Run: "
 BEGINNINGS = tuple(f"{run}mergekit-yaml " for run in (LOCAL_RUN, HUB_RUN, RUN_OF_0_1_0))
+
+
+def path_beside(recipe: Path, name: str) -> Path:
+    """Return where a file or folder of a recipe lies: `name` beside a recipe.yaml, and beside
+    chat.yaml `chat.NAME`, so that several recipes can share a folder.
+    """
+    own = name if recipe.stem == "recipe" else f"{recipe.stem}.{name}"
+    return recipe.resolve().parent / own
+
 
 MOST_LAYERS = 10_000
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]

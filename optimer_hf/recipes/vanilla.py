@@ -26,18 +26,17 @@ LARGEST_BFLOAT16_DELTA = 0.05
 
 
 def write_vanilla(
-    study: Study, path: Path, *, pick: Trial | None = None, may_write_deltas: bool = False
+    study: Study, path: Path, *, pick: Trial | None = None, deltas: Path | None = None
 ) -> bool:
     """Write a config at `path` with which unmodified `mergekit-yaml` makes the merge of the best
     trial, or of the trial `pick`. Return whether there is one.
 
     Checkpoints and adapters are named as they are. Other pools (deltas beside other vectors, int8
     deltas, vectors with other tokens than the base or with other names of tensors) only have a
-    config with `may_write_deltas`: then every vector is written as a delta directory, as large as
-    the base, under `deltas/` beside the config, and `linear` adds them to the base or to the copy
-    of it in the cache that has all tokens. If the merge has another tokenizer than the base, a
-    comment says which of its files to copy. There is none if mergekit does not find the tensors of
-    the base.
+    config with a folder for `deltas`: then every vector is written there as a delta directory, as
+    large as the base, and `linear` adds them to the base or to the copy of it in the cache that has
+    all tokens. If the merge has another tokenizer than the base, a comment says which of its files
+    to copy. There is none if mergekit does not find the tensors of the base.
     """
     config, weights = study.config, (pick or study.best_trial).weights
     original = resolve_model(config.base_model)
@@ -59,16 +58,15 @@ def write_vanilla(
         sources = {vector.name: str(vector.path) for vector in vectors}
         kinds = {vector.name: vector.kind for vector in vectors}
         merge_config = vanilla_config(str(base.path), sources, settings, config.dtype, kinds)
-    if merge_config is None and not may_write_deltas:
+    if merge_config is None and deltas is None:
         path.unlink(missing_ok=True)  # that of an earlier pool
         return False
-    if merge_config is None:
+    if merge_config is None and deltas is not None:
         used = [vector for vector in vectors if not is_zero(settings[vector.name])]
-        folder = path.resolve().parent
-        deltas = {vector.name: str(write_delta(vector, base, folder)) for vector in used}
-        kinds = dict.fromkeys(deltas, "delta")
+        written = {vector.name: str(write_delta(vector, base, deltas)) for vector in used}
+        kinds = dict.fromkeys(written, "delta")
         merge_config = vanilla_config(
-            str(base.path), deltas, {name: settings[name] for name in deltas}, config.dtype, kinds
+            str(base.path), written, {name: settings[name] for name in written}, config.dtype, kinds
         )
     assert merge_config is not None  # a pool of deltas alone has one
     note = "" if tokenizer is None else tokenizer_note(str(tokenizer.path))
@@ -82,11 +80,12 @@ def _is_quantised(vector: DistributionVector) -> bool:
 
 
 def write_delta(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
-    """Write a vector as a complete delta directory, once for the same weights, and return it.
+    """Write a vector as a complete delta directory in a folder, once for the same weights, and
+    return it.
 
     It is in bfloat16 if that changes nothing visible, otherwise in float32.
     """
-    out = folder / "deltas" / vector.name
+    out = folder / vector.name
     is_own = out.resolve() == vector.path.resolve()
     if is_own and UnionRecord.of(base.path) is None:
         return out

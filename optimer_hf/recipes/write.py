@@ -32,6 +32,7 @@ from optimer_hf.recipes.record import (
     Recipe,
     Score,
     Search,
+    path_beside,
 )
 from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.scoring.scores import Scores
@@ -56,7 +57,8 @@ def write_recipe(
     """Write recipe.yaml at `path` with its lock and merge configs beside it, and return the recipe.
 
     The merge configs are optimer.yml and, if mergekit alone can make the merge,
-    mergekit_config.yml; otherwise that of an earlier recipe is taken away.
+    mergekit_config.yml; otherwise that of an earlier recipe is taken away. Beside a recipe of
+    another name they have it in front: chat.optimer.yml.
 
     `pick` is the trial to write (None: the best one), for instance one of the front.
     `derived_from` is the recipe that this one continues, org/name@commit.
@@ -90,13 +92,14 @@ def write_recipe(
     lock = _lock_of(config, base, sources, trial.weights)
     _write_lock(lock, path.with_suffix(".lock.json"))
     merge_config = merge_config_of(recipe, recipe.weights, recipe.n_layers)
-    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
+    write_text(path_beside(path, MERGE_CONFIG), MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
-    (folder / VANILLA_CONFIG).unlink(missing_ok=True)  # that of an earlier merge
+    plain = path_beside(path, VANILLA_CONFIG)
+    plain.unlink(missing_ok=True)  # that of an earlier merge
     write_text(path, header + yaml_text(data))
     recipe = Recipe.read(path)
-    write_plain_config(recipe, lock, folder / VANILLA_CONFIG)
+    write_plain_config(recipe, lock, plain)
     return recipe
 
 
@@ -202,10 +205,10 @@ def digests_of_tokenizer(reference: str | None) -> dict[str, str]:
 
 def refuse_foreign_files(recipe: Path) -> None:
     """Raise OutputError if a recipe or a file beside it would replace one of somebody else."""
-    folder = recipe.resolve().parent
-    _refuse_foreign(folder / VANILLA_CONFIG, *BEGINNINGS)
+    _refuse_foreign(path_beside(recipe, VANILLA_CONFIG), *BEGINNINGS)
     if not is_there(recipe):
-        _refuse_foreign(folder / MERGE_CONFIG, MADE_HERE)
+        _refuse_foreign(path_beside(recipe, MERGE_CONFIG), MADE_HERE)
+        _refuse_shared_lock(recipe)
         return
     try:
         Recipe.read(recipe)
@@ -218,6 +221,19 @@ def _refuse_foreign(path: Path, *beginnings: str) -> None:
     ours = tuple(each.encode() for each in beginnings)
     if is_there(path) and not path.read_bytes().startswith(ours):
         raise _foreign_error(path)
+
+
+def _refuse_shared_lock(recipe: Path) -> None:
+    """Raise OutputError if there is a recipe of the same name with another ending, whose lock and
+    configs would be replaced.
+    """
+    lock, endings = recipe.with_suffix(".lock.json"), {".yaml", ".yml"} - {recipe.suffix}
+    for other in (recipe.with_suffix(ending) for ending in sorted(endings)):
+        if lock.exists() and other.exists():
+            raise OutputError(
+                f"{recipe}: would replace {lock.name} and the configs of {other.name}. Give it "
+                "another name."
+            )
 
 
 def _foreign_error(path: Path) -> OutputError:

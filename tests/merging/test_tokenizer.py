@@ -338,7 +338,7 @@ def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     assert weight_digests(tmp_path / "ours") == weight_digests(tmp_path / "built")
     written = write_vanilla(study, tmp_path / "vanilla.yml")
     assert written == (pool == "checkpoints") == (tmp_path / "vanilla.yml").exists()
-    write_vanilla(study, tmp_path / "vanilla.yml", may_write_deltas=True)
+    write_vanilla(study, tmp_path / "vanilla.yml", deltas=tmp_path / "deltas")
     assert (tmp_path / "deltas").exists() != written
     text = (tmp_path / "vanilla.yml").read_text(encoding="utf-8")
     assert (

@@ -558,7 +558,7 @@ def test_the_exports_of_a_union_run_in_mergekit(study, tmp_path):
     write_recipe(study, tmp_path / "recipe.yaml", name="chat", pick=mixed(study))
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "mergekit"
-    write_vanilla(study, tmp_path / "vanilla.yml", pick=mixed(study), may_write_deltas=True)
+    write_vanilla(study, tmp_path / "vanilla.yml", pick=mixed(study), deltas=tmp_path / "deltas")
     config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
     theirs = MergeConfiguration.model_validate(config)
     run_merge(theirs, str(tmp_path / "theirs"), MergeOptions(quiet=True, write_model_card=False))
@@ -620,7 +620,7 @@ def test_a_recipe_of_every_kind_builds_verifies_exports_and_is_compared(study_of
         assert torch.equal(bits(tensor), bits(live[name].to(tensor.dtype))), name
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"
     assert_same_bits(read_all(tmp_path / "ours"), built)
-    write_vanilla(study, tmp_path / "vanilla.yml", pick=pick, may_write_deltas=True)
+    write_vanilla(study, tmp_path / "vanilla.yml", pick=pick, deltas=tmp_path / "deltas")
     config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
     theirs = MergeConfiguration.model_validate(config)
     run_merge(theirs, str(tmp_path / "theirs"), MergeOptions(quiet=True, write_model_card=False))

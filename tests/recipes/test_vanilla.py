@@ -12,20 +12,20 @@ from tests.support.recipes import change_weights
 def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp_path):
     base, sources = pool
     vector = open_vector("ja", str(sources["ja"]), base)
-    out = write_delta(vector, base, tmp_path)
+    out = write_delta(vector, base, tmp_path / "deltas")
     first, written = weight_digests(out), (out / "vector.json").stat().st_mtime_ns
     left = out.with_name(
         ".partial-ja.lock"
     )  # by a process that died right after it wrote the delta
     left.touch()
-    assert write_delta(vector, base, tmp_path) == out and not left.exists()
+    assert write_delta(vector, base, tmp_path / "deltas") == out and not left.exists()
     assert (out / "vector.json").stat().st_mtime_ns == written
     change_weights(sources["ja"])
     retrained = open_vector("ja", str(sources["ja"]), base)
-    assert weight_digests(write_delta(retrained, base, tmp_path)) != first
+    assert weight_digests(write_delta(retrained, base, tmp_path / "deltas")) != first
     itself = open_vector("ja", str(out), base)
     before = weight_digests(out)
-    assert write_delta(itself, base, tmp_path) == out
+    assert write_delta(itself, base, tmp_path / "deltas") == out
     assert weight_digests(out) == before
 
 
@@ -35,5 +35,5 @@ def test_a_directory_that_is_not_ours_is_not_replaced_by_an_exported_delta(pool,
     (tmp_path / "deltas" / "ja").mkdir(parents=True)
     (tmp_path / "deltas" / "ja" / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match="not empty"):
-        write_delta(vector, base, tmp_path)
+        write_delta(vector, base, tmp_path / "deltas")
     assert (tmp_path / "deltas" / "ja" / "mine.txt").exists()

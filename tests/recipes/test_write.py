@@ -10,6 +10,7 @@ from optimer_hf.comparison.sealed import compare
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.recipes import write
 from optimer_hf.recipes.build import build, verify
+from optimer_hf.recipes.from_study import recipe_of_study
 from optimer_hf.recipes.record import VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.searching.loop import search
@@ -109,6 +110,29 @@ def test_a_config_for_mergekit_is_replaced_only_if_it_is_ours(tmp_path, text, is
     (tmp_path / VANILLA_CONFIG).write_text(text)
     with nullcontext() if is_ours else pytest.raises(OutputError, match="not written with a"):
         refuse_foreign_files(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("names", [("recipe", "front"), ("front", "recipe"), ("a", "a.b")])
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_recipes_in_one_folder_leave_each_others_files_alone(study, tmp_path, names, vanilla):
+    folder, written = tmp_path / "r", {}
+    for name, pick in zip(names, (None, 1), strict=True):
+        recipe_of_study(tmp_path / "s", folder / f"{name}.yaml", pick=pick, vanilla=vanilla)
+        for path, content in written.items():
+            assert path.read_bytes() == content, path
+        files = {path for path in folder.rglob("*") if path.is_file()}
+        written |= {path: path.read_bytes() for path in files - written.keys()}
+    assert (folder / "optimer.yml").exists() == ("recipe" in names)
+    first, second = (Recipe.read(folder / f"{name}.yaml").weights for name in names)
+    assert first != second
+
+
+def test_a_recipe_is_not_written_over_the_lock_of_one_with_another_ending(study, tmp_path):
+    write_recipe(study, tmp_path / "r.yaml", name="r")
+    lock = (tmp_path / "r.lock.json").read_bytes()
+    with pytest.raises(OutputError, match=r"would replace r\.lock\.json and the configs of r\.ya"):
+        write_recipe(study, tmp_path / "r.yml", name="r", pick=study.trials[1])
+    assert (tmp_path / "r.lock.json").read_bytes() == lock
 
 
 @pytest.mark.parametrize("label", ["t", "q"])
