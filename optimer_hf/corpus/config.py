@@ -42,6 +42,13 @@ class CorpusConfig(FileModel):
             if self.path is not None and getattr(self, field_) is not None:
                 yield (field_,), f"'{field_}' goes with 'dataset'; remove it or use 'dataset'"
 
+    def idle_fields(self) -> Iterator[Mistake]:
+        if self.path is not None and self.split != "train":
+            message = (
+                f"found {self.split!r}, but it goes with 'dataset', and 'path' names the files"
+            )
+            yield ("split",), f"{message}; leave it out"
+
     @property
     def name(self) -> str:
         """The name of the corpus in messages and metadata; never a path on this machine."""

@@ -5,9 +5,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Layered, Origin, file_of
@@ -49,9 +56,17 @@ class FileModel(BaseModel):
             if name not in fields or value != fields[name].get_default(call_default_factory=True):
                 yield name, value
 
+    def idle_fields(self) -> Iterator[Mistake]:
+        """Yield fields that mean nothing beside others. They are mistakes in what a person has
+        written, and none in a record, where an older version or a program may have put them.
+        """
+        yield from ()
+
     @model_validator(mode="after")
-    def _refuse_mistakes(self) -> Self:
+    def _refuse_mistakes(self, info: ValidationInfo) -> Self:
         mistakes = list(self.mistakes())
+        if info.context and info.context.get("by_hand"):
+            mistakes += self.idle_fields()
         if mistakes:
             raise FieldError(mistakes)
         return self
@@ -59,6 +74,8 @@ class FileModel(BaseModel):
 
 class VersionedFile(FileModel):
     """The top level of one of our files."""
+
+    by_hand: ClassVar[bool] = False  # whether people write such files
 
     format_version: Literal[1] = Field(default=1, examples=[1])
     """Version of the file format."""
@@ -81,13 +98,19 @@ class VersionedFile(FileModel):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def parse(cls: type[ModelT], data: Mapping[str, Any], origin: Origin) -> ModelT:
-    """Validate `data`, read from `origin`, as a `cls`.
+def parse(
+    cls: type[ModelT], data: Mapping[str, Any], origin: Origin, *, is_record: bool = False
+) -> ModelT:
+    """Validate `data`, read from `origin`, as a `cls`. Unless it `is_record` of ours, or a profile
+    is laid over it, a file that people write may have no `idle_fields`.
 
     Raises one ConfigError that names every mistake.
     """
+    is_laid_over = isinstance(origin, Layered) and origin.upper is not None
+    by_hand = issubclass(cls, VersionedFile) and cls.by_hand and not (is_record or is_laid_over)
+    context = {"folder": file_of(origin).resolve().parent, "by_hand": by_hand}
     try:
-        return cls.model_validate(data, context={"folder": file_of(origin).resolve().parent})
+        return cls.model_validate(data, context=context)
     except ValidationError as error:
         mistakes = [each for mistake in error.errors() for each in _explain(cls, mistake)]
         raise ConfigError(list_mistakes(origin, mistakes)) from None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import (
@@ -159,6 +159,11 @@ class Term(FileModel):
                 ("hash_range",),
                 f"found {list(self.hash_range)}. Expected [low, high] with 0 <= low < high <= 1",
             )
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        if self.task is not None and self.text_field != "text":
+            message = f"found {self.text_field!r}, but it goes with 'text', and a 'task' knows its"
+            yield ("text_field",), f"{message} own fields; leave it out"
 
     @property
     def label(self) -> str:
@@ -354,6 +359,16 @@ class Objective(FileModel):
                 "or terms of one metric",
             )
 
+    def idle_fields(self) -> Iterator[Mistake]:
+        if self.include_path is not None and all(term.task is None for term in self.scored_terms):
+            yield ("include_path",), "it goes with a 'task', and there is none; leave it out"
+        if self.split_by != "document" and not self.splits_items:
+            message = "it says what 'hash_range' hashes, and no term has one; leave it out"
+            yield ("split_by",), message
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            message = "without apply_chat_template, prompts have no turns; set that to true, too"
+            yield ("fewshot_as_multiturn",), message
+
     def _mistakes_of_names(self) -> Iterator[Mistake]:
         by_label = {term.label: term for term in self.terms}
         for group, terms in (("terms", self.terms), ("constraints", self.constraints)):
@@ -426,6 +441,8 @@ def naming_test(objectives: Sequence[Objective], objective: Objective) -> Iterat
 
 class ObjectiveFile(VersionedFile, Objective):
     """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
+
+    by_hand: ClassVar[bool] = True
 
 
 # -- from scores to one number ---------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -39,6 +39,7 @@ SCALE_TRIALS = 8  # of the search for the scale of a mixture
 LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
+BOUNDS = (0.0, 1.5)  # of a weight, unless the study gives others
 Range = tuple[tuple[float, float], float | None]  # bounds of a weight, and its fixed value
 LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
 Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
@@ -55,6 +56,13 @@ Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong 
 
 Shares = dict[str, Share] | Literal["uniform", "searched"]
 Budget = Literal["all", "mixed", "one"]
+
+
+def _idle_bounds(bounds: tuple[float, float] | None, fixed: float | None) -> Iterator[Mistake]:
+    """Yield bounds beside a fixed weight, which is not searched."""
+    if fixed is not None and bounds not in (None, BOUNDS):
+        message = f"found {list(bounds or ())}, but 'fixed' keeps the weight at {fixed:g}"
+        yield ("bounds",), f"{message}; leave one of them out"
 
 
 def _mistakes_of_bounds(bounds: tuple[float, float]) -> Iterator[Mistake]:
@@ -93,6 +101,14 @@ class GroupConfig(FileModel):
     def mistakes(self) -> Iterator[Mistake]:
         if self.bounds is not None:
             yield from _mistakes_of_bounds(self.bounds)
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        yield from _idle_bounds(self.bounds, self.fixed)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the group does not take the bounds of its vector."""
+        return self.bounds is not None or self.fixed is not None
 
 
 def _expand_groups(value: Any) -> Any:
@@ -167,7 +183,7 @@ class VectorConfig(FileModel):
     together. mixed: as many as those that it mixes together. one: as many as one of all on average.
     """
     bounds: tuple[Weight, Weight] = Field(
-        default=(0.0, 1.5), examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
+        default=BOUNDS, examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
     )
     """Lowest and highest weight that the search may try, as [low, high]."""
     fixed: Weight | None = Field(default=None, examples=[1.0], json_schema_extra={"unit": "weight"})
@@ -200,6 +216,14 @@ class VectorConfig(FileModel):
         yield from _mistakes_of_bounds(self.bounds)
         if self.by is not None:
             yield from self._mistakes_of_groups(self.by)
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        yield from _idle_bounds(self.bounds, self.fixed)
+        groups = [] if self.by is None else self.by.values()
+        if groups and self.bounds != BOUNDS and all(each.has_own for each in groups):
+            yield ("bounds",), "every group in 'by' has its own or is fixed; leave it out"
+        if self.source is not None and self.mixture is not None and self.budget != "all":
+            yield ("budget",), "the vector at 'source' is trained already; leave it out"
 
     def _mistakes_of_groups(self, by: By) -> Iterator[Mistake]:
         if self.fixed is not None:
@@ -360,6 +384,16 @@ class SearchConfig(FileModel):
                 hint = close if "mean" in close else ""
                 expected = f"Expected one of {', '.join(TRACKERS)}"
                 yield ("report_to", index), f"found {quote(name)}.{hint} {expected}"
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        for name in ("surrogate", "pareto"):
+            value = getattr(self, name)
+            if self.sampler is not None and value != SearchConfig.model_fields[name].default:
+                message = f"found {quote(value)}, but the sampler {self.sampler!r} chooses the"
+                yield (name,), f"{message} weights; leave one of them out"
+        if self.rescore_top == 0 and self.rescore_limit is not None:
+            message = f"found {self.rescore_limit}, but rescore_top is 0, so nothing is scored"
+            yield ("rescore_limit",), f"{message} again; leave it out, or raise rescore_top"
 
 
 class SearchBaseline(SearchConfig):
@@ -524,6 +558,34 @@ class StudyConfig(VersionedFile):
         default=Baselines(), examples=[{"merge_methods": ["ties"], "random_vectors": True}]
     )
     """What to compare the merge with."""
+
+    by_hand: ClassVar[bool] = True
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        terms = self.objective.scored_terms
+        for term in terms if self.search.rescore_top == 0 else ():
+            if term.rescore_only:
+                group: str = "terms" if term in self.objective.terms else "constraints"
+                index = getattr(self.objective, group).index(term)
+                message = (
+                    "nothing is scored again, since search.rescore_top is 0, so the term would"
+                )
+                yield (
+                    ("objective", group, index, "rescore_only"),
+                    f"{message} not be scored at all; leave one of them out",
+                )
+        for index, term in enumerate(self.test.terms if self.test is not None else ()):
+            if term.rescore_only:
+                message = "the sealed test scores every term, once; leave it out"
+                yield ("test", "terms", index, "rescore_only"), message
+        terms = [*terms, *(self.test.scored_terms if self.test is not None else ())]
+        if all(term.task is None for term in terms):
+            for name, value in self.objective.prompting.items():
+                if value:
+                    yield (
+                        ("objective", name),
+                        "it goes with a 'task', and there is none; leave it out",
+                    )
 
     def rescore_limit_of(self, term: Term) -> int | None:
         """Return how many items of a term are re-scored (None: all), never fewer than the search
@@ -839,7 +901,7 @@ class StudyConfig(VersionedFile):
         for part in ("objective", "test"):
             if isinstance(data.get(part), dict):
                 data[part].setdefault("split_by", "prompt")
-        return parse(cls, data, Path(path))
+        return parse(cls, data, Path(path), is_record=True)
 
     def with_split_of(self, recorded: Self) -> Self:
         """Return the study with the `split_by` of its own record where this does not name one."""

@@ -1,7 +1,7 @@
 """The fields of a train file."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -101,6 +101,8 @@ PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
 class TrainConfig(VersionedFile):
     """One run of continual pre-training. Give either `corpus` or `mixture`."""
 
+    by_hand: ClassVar[bool] = True
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["math"])
     """Name of the run in messages and records: letters, digits, '.', '_' and '-'."""
     base_model: ReferenceText = Field(examples=["google/gemma-3-270m"])
@@ -170,6 +172,14 @@ class TrainConfig(VersionedFile):
                 yield ("mixture",), f"the shares of the mixture sum to {total:g}, not to 1"
         if self.replay is not None and self.max_tokens is None:
             yield ("replay",), "a replay needs max_tokens, of which it gets a share"
+
+    def idle_fields(self) -> Iterator[Mistake]:
+        max_steps = self.trainer.get("max_steps")
+        if isinstance(max_steps, int) and max_steps > 0 and "num_train_epochs" in self.trainer:
+            message = (
+                f"the run ends after the {max_steps} steps of max_steps; leave one of them out"
+            )
+            yield ("trainer", "num_train_epochs"), message
 
     @property
     def corpora(self) -> Sequence[CorpusConfig]:

@@ -267,3 +267,95 @@ def test_a_vector_is_split_along_its_layers_in_several_ways(by, weights):
 def test_groups_that_do_not_go_together_are_refused(by, message):
     with pytest.raises(ValueError, match=message):
         StudyConfig(**FIELDS, vectors={"w": {"source": "a/w", "by": by}})
+
+
+# -- fields that others make meaningless -----------------------------------------------------------
+
+
+TASK, TEXT = {"task": "arc_easy"}, {"text": "a.jsonl"}
+IDLE = [  # what is added to a sound study, and the field that would be ignored
+    ({"vectors.w": {"fixed": 1.0, "bounds": [0, 2]}}, "vectors.w.bounds", "'fixed' keeps"),
+    (
+        {"vectors.w": {"by": {"mlp": {"fixed": 1.0, "bounds": [0, 2]}, "else": {}}}},
+        "vectors.w.by.mlp.bounds",
+        "'fixed' keeps the weight at 1",
+    ),
+    (
+        {
+            "vectors.w": {
+                "bounds": [0, 2],
+                "by": {"mlp": {"fixed": 1.0}, "else": {"bounds": [0, 1]}},
+            }
+        },
+        "vectors.w.bounds",
+        "every group",
+    ),
+    ({"vectors.w": {"mixture": {"v": 1}, "budget": "one"}}, "vectors.w.budget", "is trained"),
+    ({"search": {"sampler": "s", "surrogate": "random"}}, "search.surrogate", "the sampler 's'"),
+    ({"search": {"sampler": "s", "pareto": True}}, "search.pareto", "the sampler 's' chooses"),
+    ({"search": {"rescore_top": 0, "rescore_limit": 9}}, "search.rescore_limit", "rescore_top"),
+    (
+        {
+            "search": {"rescore_top": 0},
+            "objective.terms": [TASK, {"task": "t", "rescore_only": True}],
+        },
+        "objective.terms.1.rescore_only",
+        "search.rescore_top is 0",
+    ),
+    (
+        {"test": {"terms": [{"task": "t"}, {"text": "b.jsonl", "rescore_only": True}]}},
+        "test.terms.1.rescore_only",
+        "scores every term",
+    ),
+    ({"objective.terms": [{**TASK, "text_field": "t"}]}, "objective.terms.0.text_field", "'text'"),
+    (
+        {"objective.terms": [TEXT], "objective.include_path": "."},
+        "objective.include_path",
+        "'task'",
+    ),
+    ({"objective.split_by": "prompt"}, "objective.split_by", "'hash_range'"),
+    ({"objective.fewshot_as_multiturn": True}, "objective.fewshot_as_multiturn", "no turns"),
+    (
+        {"objective.terms": [TEXT], "objective.system_instruction": "Be brief."},
+        "objective.system_instruction",
+        "there is none",
+    ),
+]
+
+
+def study_with(changes: dict) -> dict:
+    """Return the fields of a study with changes, each under its place; those of a mapping are laid
+    over it.
+    """
+    study = {
+        "base_model": "a/base",
+        "vectors": {"v": {"source": "a/v"}, "w": {"source": "a/w"}},
+        "objective": {"terms": [TASK, TEXT]},
+    }
+    for place, value in changes.items():
+        *parents, name = place.split(".")
+        part = study
+        for parent in parents:
+            part = part[parent]
+        part[name] = part.get(name, {}) | value if isinstance(value, dict) else value
+    return study
+
+
+@pytest.mark.parametrize(("changes", "field", "reason"), IDLE, ids=[each[1] for each in IDLE])
+def test_a_field_that_would_be_ignored_is_refused_in_a_study_and_read_in_a_record(
+    tmp_path, changes, field, reason
+):
+    file = tmp_path / "study.yaml"
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}')
+    file.write_text(yaml.safe_dump(study_with(changes), sort_keys=False))
+    with pytest.raises(ConfigError) as error:
+        StudyConfig.read(file)
+    (line,) = str(error.value).splitlines()
+    assert field in line and reason in line and re.search(r"leave|set", line)
+    assert str(file) in line
+    recorded = StudyConfig.read_record(file)  # of an older version, or of a program
+    StudyConfig.model_validate(recorded.model_dump())
+    everything = yaml.safe_load(StudyConfig(**study_with({})).model_dump_json())
+    file.write_text(yaml.safe_dump(everything))
+    StudyConfig.read(file)  # each field at its default

@@ -2,6 +2,7 @@
 
 import pytest
 
+from optimer_hf.errors import ConfigError
 from optimer_hf.training.config import TrainConfig
 
 
@@ -34,3 +35,24 @@ def test_a_link_to_a_corpus_does_not_change_the_digest_of_a_training(tmp_path, t
         for name in (target, "corpus.jsonl")
     }
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ("corpus: {path: a.jsonl, split: validation}", "corpus.split"),
+        (
+            "corpus: a.jsonl\ntrainer: {max_steps: 9, num_train_epochs: 2}",
+            "trainer.num_train_epochs",
+        ),
+        (
+            "corpus: a.jsonl\nmax_tokens: 99\nreplay: {path: b.jsonl, share: 0.1, split: test}",
+            "replay.split",
+        ),
+    ],
+)
+def test_a_field_that_would_be_ignored_is_refused_with_what_makes_it_so(tmp_path, more, field):
+    file = tmp_path / "train.yaml"
+    file.write_text(f"name: a\nbase_model: a/base\n{more}\n")
+    with pytest.raises(ConfigError, match=rf"train\.yaml:\d+: {field}: .*leave"):
+        TrainConfig.read(file)
