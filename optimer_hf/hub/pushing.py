@@ -37,6 +37,7 @@ from optimer_hf.errors import HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.reference import AnyPath, Reference
 from optimer_hf.hub import card
+from optimer_hf.hub.access import NO_TOKEN, check_access
 from optimer_hf.hub.client import (
     TRIES,
     describe_input,
@@ -151,6 +152,7 @@ def push(
         logger.info("push: asking the Hub about %s", repo_id)
         if dry_run:
             target = replace(target, silence=_find_silence(target))
+        target = _check_access(target, options)
         placed = _place_inputs(target, folder, at) if at else {}
         if vectors:
             done = _push_with_inputs(folder, target, options, placed)
@@ -324,8 +326,25 @@ def _find_silence(target: "_Repository") -> _Silence | None:
         return _Silence("the Hub cannot be reached", is_total=True)
     except HfHubHTTPError as error:
         if error.response.status_code == 401 and not isinstance(error, GatedRepoError):
-            return _Silence("no token, or a wrong one", is_total=False)
+            return _Silence(NO_TOKEN, is_total=False)
     return None
+
+
+def _check_access(target: "_Repository", options: _Options) -> "_Repository":
+    """Raise HubError if the account may not write to a repository. Return it, with a silence if
+    this is a dry run that could not ask.
+    """
+    if target.silence is not None:
+        return target
+    may_propose = options.create_pr and target.fetch_info() is not None
+    unknown = check_access(target.api, target.repo_id, may_propose=may_propose)
+    if options.dry_run and unknown is not None:
+        return replace(target, silence=_Silence(unknown, is_total=False))
+    if unknown == NO_TOKEN:
+        raise HubError(
+            f"{target.repo_id}: the token is wrong or missing (401). Log in with `hf auth login`."
+        )
+    return target
 
 
 def _is_unreachable(target: "_Repository") -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
@@ -209,6 +210,50 @@ def test_a_dry_run_of_an_unknown_input_and_a_push_still_need_the_hub(
         hubs.push(folder, f"alice/{name}", at={"v9": "alice/nine"}, dry_run=True)
     with pytest.raises(HubError, match="the Hub is offline"):
         hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("token", "namespace", "said"),
+    [
+        (BOB, "alice", r"bob may not write to 'alice', only to bob\. .*--create-pr"),
+        (ALICE, "bob", r"alice may not write to 'bob', only to alice, acme\."),
+        ("hf_alice_read", "alice", "the token of alice is for reading only"),
+        (ALICE, "acme", None),
+        (ALICE, "Alice", None),  # the Hub does not tell case apart
+    ],
+)
+def test_a_push_that_may_not_write_is_refused_before_any_work(
+    hub, make_vector, name, monkeypatch, token, namespace, said, dry_run
+):
+    begun = []
+    monkeypatch.setattr(pushes, "choose_files", lambda *_: begun.append(1) or pytest.skip("began"))
+    before = len(hub.calls("."))
+    if said is None:
+        with pytest.raises(pytest.skip.Exception):
+            hubs.push(make_vector("adapter"), f"{namespace}/{name}", token=token, dry_run=dry_run)
+        assert begun
+        return
+    with pytest.raises(HubError, match=said):
+        hubs.push(make_vector("adapter"), f"{namespace}/{name}", token=token, dry_run=dry_run)
+    assert not begun
+    assert all(call.method == "GET" for call in hub.calls(".")[before:])
+    with pytest.raises(HfHubHTTPError):  # as the Hub itself would say, once it has the files
+        HfApi(token=token).create_repo(f"{namespace}/{name}")
+
+
+def test_without_a_token_a_push_is_refused_before_any_work(hub, make_vector, name, monkeypatch):
+    monkeypatch.setattr(pushes, "choose_files", lambda *_: pytest.fail("it began"))
+    with pytest.raises(HubError, match=r"token is wrong or missing \(401\)\. Log in"):
+        hubs.push(make_vector("adapter"), f"alice/{name}", token="hf_nobody")
+
+
+def test_a_proposal_needs_no_right_to_write(hub, make_vector, name):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    change_record(vector, name="other")
+    done = hubs.push(vector, f"alice/{name}", token=BOB, create_pr=True)
+    assert done.pull_request
 
 
 def test_the_card_of_a_recipe_shows_the_results_beside_it(hub, make_recipe, name):
