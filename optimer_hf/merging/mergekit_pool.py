@@ -54,7 +54,7 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
     Names are the last parts of the paths; BASE+ADAPTER gives the adapter. Raises ConfigError for a
     config that is no pool.
     """
-    if not config.get("base_model"):
+    if written_base(config) is None:
         raise ConfigError(
             f"{path}: field 'base_model' is missing. Name the model that all others were trained "
             "from."
@@ -99,8 +99,16 @@ def model_name_in(value: Any, path: Path) -> ModelName:
 
 
 def base_of(config: Mapping[str, Any], path: Path) -> ModelName:
-    """Return the `base_model` of a config."""
-    return model_name_in(config["base_model"], path)
+    """Return the base of a config."""
+    return model_name_in(written_base(config), path)
+
+
+def written_base(config: Mapping[str, Any]) -> Any:
+    """Return the base as a config names it: its `base_model`, or that of the first slice with one;
+    None if there is none. A search refuses slices with other bases.
+    """
+    parts = [config, *(config.get("slices") or [])]
+    return next((part["base_model"] for part in parts if part.get("base_model")), None)
 
 
 def entries_of(config: Mapping[str, Any]) -> Iterator[tuple[Place, Mapping[str, Any]]]:
@@ -159,7 +167,7 @@ def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
     if source == "base" or makes_tokenizer(config):
         return None
     reference = model_name_in(source, path).model
-    base = config.get("base_model")
+    base = written_base(config)
     return None if base and reference == base_of(config, path).model else reference
 
 

@@ -28,6 +28,7 @@ from optimer_hf.merging.mergekit_pool import (
     settings_of,
     vector_names,
     why_not_plain,
+    written_base,
 )
 from optimer_hf.merging.mergekit_settings import (
     WHOLE,
@@ -101,11 +102,10 @@ def _refuse_other_slices(config: Mapping[str, Any], path: Path) -> None:
     end = 0
     for number, piece in enumerate(config.get("slices") or []):
         at: Place = ("slices", number)
-        for key in ("base_model", "residual_weight"):
-            value = piece.get(key)
-            is_same = key == "base_model" and value == config["base_model"]
-            if value is not None and not is_same:
-                raise _mistake(path, (*at, key), f"{key}: only mergekit reads it. Leave it out.")
+        if piece.get("residual_weight") is not None:
+            message = "residual_weight: only mergekit reads it. Leave it out."
+            raise _mistake(path, (*at, "residual_weight"), message)
+        _refuse_other_base(config, piece, path, at)
         seen: set[ModelName] = set()
         for index, source in enumerate(piece["sources"]):
             layers, name = source["layer_range"], model_name_in(source["model"], path)
@@ -118,6 +118,23 @@ def _refuse_other_slices(config: Mapping[str, Any], path: Path) -> None:
                 raise _mistake(path, (*at, "sources", index), f"{name} is there twice.")
             seen.add(name)
         end = piece["sources"][0]["layer_range"][1]
+
+
+def _refuse_other_base(
+    config: Mapping[str, Any], piece: Mapping[str, Any], path: Path, at: Place
+) -> None:
+    """Raise ConfigError for a slice with another base than the config, or with none."""
+    base, given = base_of(config, path), piece.get("base_model") or config.get("base_model")
+    if given is None:
+        message = f"base_model: other slices have the base {base}, this one has none. Give it "
+        raise _mistake(path, at, f"{message}once, at the top of the file.")
+    if (own := model_name_in(given, path)) != base:
+        raise _mistake(
+            path,
+            (*at, "base_model"),
+            f"base_model: found {own}, but the base of the config is {base}. A search adds all "
+            "vectors to one base; give the same one everywhere, or merge with `optimer merge`.",
+        )
 
 
 def refuse_other_depth(config: Mapping[str, Any], path: Path, n_layers: int) -> None:
@@ -423,7 +440,7 @@ def with_weights(
         merged = {"models": _models_with(config, path, settings, written)}
     ours = {
         "merge_method": "task_arithmetic" if is_plain else METHOD,
-        "base_model": config["base_model"],
+        "base_model": written_base(config),
         **merged,
         **({"parameters": {"normalize": False}} if is_plain else {}),
         "dtype": "float32",
@@ -460,12 +477,14 @@ def _models_with(
     settings: Mapping[str, Setting],
     written: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the list of models with their weights; the base stays where it is written."""
+    """Return the list of models with their weights; the base stays where it is written, by the one
+    name that mergekit knows it by.
+    """
     base, names = base_of(config, path), iter(settings)
     models: list[dict[str, Any]] = []
     for entry in config.get("models") or []:
         if model_name_in(entry["model"], path) == base:
-            models.append({"model": entry["model"]})
+            models.append({"model": written_base(config)})
         else:
             name = next(names)
             models.append({"model": written[name], "parameters": {"weight": settings[name]}})
@@ -509,17 +528,16 @@ def _slice_with(
     """
     base, names = base_of(config, path), {m: n for n, m in vector_names(config, path).items()}
     models = [model_name_in(source["model"], path) for source in piece["sources"]]
-    given = dict(zip(models, (source["model"] for source in piece["sources"]), strict=True))
     sources = []
-    for model in [*models, *(each for each in (*names, base) if each not in given)]:
+    for model in [*models, *(each for each in (*names, base) if each not in models)]:
         name = names.get(model)
-        as_given = given.get(model, config["base_model"])
-        source = {"model": as_given if name is None else written[name]}
+        source = {"model": written_base(config) if name is None else written[name]}
         source["layer_range"] = _range_of(piece)
         if name is not None:
             source["parameters"] = {"weight": table[name]}
         sources.append(source)
-    return {"sources": sources} | {key: piece[key] for key in ("base_model",) if piece.get(key)}
+    own = {"base_model": written_base(config)} if piece.get("base_model") else {}
+    return {"sources": sources} | own
 
 
 def _as_written(config: Mapping[str, Any], model: Any, path: Path, kind: str) -> Any:
@@ -528,7 +546,7 @@ def _as_written(config: Mapping[str, Any], model: Any, path: Path, kind: str) ->
     """
     if kind != "adapter" or model_name_in(model, path).adapter is not None:
         return model
-    base = config["base_model"]
+    base = written_base(config)
     if isinstance(base, str) and isinstance(model, str) and "+" not in base + model:
         return f"{base}+{model}"
     return ModelName(base_of(config, path).model, model_name_in(model, path).model).long_form

@@ -137,3 +137,32 @@ def test_slices_filters_and_gradients_are_searched_together(
         text = path.read_text().replace("dtype: ", "dtype: float32\nout_dtype: ")  # one rounding
         run_plain_mergekit(text, tmp_path / "given")
         assert_same_bits(tensors_in(tmp_path / "row"), tensors_in(tmp_path / "given"))
+
+
+@pytest.mark.parametrize("given", ["in slices", "in both", "in two ways"])
+def test_a_base_that_every_slice_names_is_the_base_of_the_config(
+    folder, tmp_path, monkeypatch, given
+):
+    monkeypatch.chdir(folder)
+    files = folder / "obj.yaml", folder / "test.yaml"
+    path = write_yaml(folder, "two slices", settings_in(True, False), "float32")
+    once = study_of_merge_config(path, *files)
+    base = f"{folder}/base" if given == "in two ways" else "./base"
+    text = re.sub("(?m)^- sources:", f"- base_model: {base}\n  sources:", path.read_text())
+    path.write_text(text.replace("base_model: ./base  # b\n", "", given == "in slices"))
+    config = study_of_merge_config(path, *files)
+    assert config == once
+
+    if given != "in two ways":  # which mergekit takes for two models
+        (row,) = config.baselines.weights.values()
+        build_study(config, config.fill_weights(row), tmp_path / "row")
+        run_plain_mergekit(path.read_text(), tmp_path / "given")
+        assert_same_bits(tensors_in(tmp_path / "row"), tensors_in(tmp_path / "given"))
+
+    weights = {name: 0.9 - 0.13 * at for at, name in enumerate(config.weight_names)}
+    kinds = dict.fromkeys(config.vectors, "checkpoint")
+    printed = merge_text(path, merge_config_of_study(config, weights, path, kinds), "note")
+    assert printed.count("base_model: ./base") == 3 and "# 0" in printed
+    build_study(config, weights, tmp_path / "ours")
+    run_plain_mergekit(printed, tmp_path / "theirs")
+    assert_same_bits(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs"))

@@ -424,6 +424,20 @@ LOW, HIGH = "{model: ./math, layer_range: [0, 2]}", "{model: ./math, layer_range
         ),
         (sliced(LOW, HIGH, base="# base"), "field 'base_model' is missing"),
         (
+            sliced(LOW, HIGH).replace("]}\n", "], base_model: ./code}\n", 1),
+            r"c.yml:5: slices: base_model: found \S+/code, but the base of the config is \S+/base",
+        ),
+        (
+            sliced(LOW, HIGH, base="# base")
+            .replace("]}\n", "], base_model: ./base}\n", 1)
+            .replace("]}\n", "], base_model: ./code}\n", 1),
+            r"c.yml:6: slices: base_model: found \S+/code, but the base of the config is \S+/base",
+        ),
+        (
+            sliced(LOW, HIGH, base="# base").replace("]}\n", "], base_model: ./base}\n", 1),
+            r"c.yml:6: slices: base_model: other slices have the base \S+/base, this one has none",
+        ),
+        (
             sliced().replace("slices:", "modules: {text: {models: [{model: ./math}]}}"),
             "c.yml:4: modules: has the models of each part.*with a filter for each part",
         ),
