@@ -27,12 +27,12 @@ from optimer_hf.files.model import (
 )
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.text import first_line, prefix_field
+from optimer_hf.files.text import count, first_line, prefix_field
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.scoring.task_names import list_unknown_tasks
-from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.plugins import refuse_missing_plugins
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import is_settled, list_field_mistakes
@@ -40,6 +40,7 @@ from optimer_hf.vectors.shapes import refuse_other_shapes
 
 logger = logging.getLogger(__name__)
 
+MOST_SHOWN = 20  # weights of a search
 TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that name files to read
 
 
@@ -57,6 +58,42 @@ def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
     if strict and missing:
         raise ConfigError(missing)
     return what, missing.splitlines()
+
+
+def describe_weights(path: Path) -> str:
+    """Return how many weights a search of a study or a mergekit YAML that `check_file` has found
+    valid has, and which; nothing for another file, or if a search refuses it.
+    """
+    data = read_yaml(path)
+    try:
+        if is_for_mergekit(data):
+            most, names = _weights_to_search(path)
+        elif not is_profile(set(data)) and kind_of_file(data) == "study":
+            most, names = "", [*StudyConfig.read(path).free]
+        else:
+            return ""
+    except ConfigError:
+        return ""
+    shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
+    return f"{most}{count(len(names), 'weight')} to search: {shown}"
+
+
+def _weights_to_search(path: Path) -> tuple[str, list[str]]:
+    """Return the names of the weights that a mergekit YAML has to search, after `at most ` if that
+    depends on the names of the tensors, which are not read.
+    """
+    from optimer_hf.merging.mergekit_search import groups_of, pool_to_search, splits_to_search
+    from optimer_hf.merging.mergekit_yaml import read_merge_config
+
+    config = read_merge_config(path, warns=False)
+    _, sources = pool_to_search(config, path)
+    splits, names = splits_to_search(config, path), list[str]()
+    for name, source in sources.items():
+        vector = VectorConfig.model_validate({"source": source, "by": splits.get(name)})
+        own = vector.weights_of(name).items()
+        names += [weight for weight, (_, fixed) in own if fixed is None]
+    has_groups = any(each.names for each in map(groups_of, splits.values()))
+    return "at most " * bool(config.get("slices") and has_groups), names
 
 
 def _read_whole(path: Path) -> tuple[str, str]:

@@ -21,9 +21,9 @@ def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
         "validate", folder / "my-merge.yml", folder / "obj.yaml", tmp_path / "study.yaml"
     ).stdout
     assert [line.split(": ")[1] for line in lines.splitlines()] == [
-        "a valid merge config",
+        "a valid merge config, 2 weights to search",
         "a valid objective",
-        "a valid study",
+        "a valid study, 1 weight to search",
     ]
 
 
@@ -47,7 +47,7 @@ def test_validate_says_what_search_will_refuse(tmp_path, changes, reason):
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v}), encoding="utf-8")
     said = optimer("validate", path).stdout.strip()
     if reason is None:
-        assert said == f"{path}: a valid merge config"
+        assert said == f"{path}: a valid merge config, 1 weight to search: a"
     else:
         expected = "a valid merge config for `optimer merge`; `optimer search` refuses it: "
         assert said.startswith(f"{path}: {expected}{reason}")
@@ -140,7 +140,7 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
         "validate", *(tmp_path / name for name in ("study.yaml", "train.yaml", "m.yml"))
     )
     assert result.stdout.replace(f"{tmp_path}/", "").splitlines() == [
-        "study.yaml: a valid study",
+        "study.yaml: a valid study, 2 weights to search: x, y",
         "study.yaml:2: vectors.x.source: x: no such file or directory.",
         "study.yaml:5: objective.terms.1.text: gone.jsonl: no such file or directory.",
         "study.yaml:8: test.include_path: tasks: no such file or directory.",

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from optimer_hf.experiment.checking import describe_weights
 from optimer_hf.merging.mergekit_pool import plain_config_of
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.searching.study_file import (
@@ -137,6 +138,19 @@ def test_slices_filters_and_gradients_are_searched_together(
         text = path.read_text().replace("dtype: ", "dtype: float32\nout_dtype: ")  # one rounding
         run_plain_mergekit(text, tmp_path / "given")
         assert_same_bits(tensors_in(tmp_path / "row"), tensors_in(tmp_path / "given"))
+
+
+@pytest.mark.parametrize(("layout", "by_name", "along"), CASES, ids=IDS)
+def test_validate_says_which_weights_a_search_would_have(folder, layout, by_name, along):
+    path = write_yaml(folder, layout, settings_in(by_name, along), "float32")
+    searched = [*study_of_merge_config(path, folder / "obj.yaml").free]
+    said = describe_weights(path)
+    count, _, names = said.partition(" to search: ")
+    if layout != "models" and by_name:  # a slice may lack all tensors of a filter
+        most = int(count.removeprefix("at most ").split()[0])
+        assert count.startswith("at most ") and most >= len(searched)
+        return
+    assert names.split(", ") == searched and count == f"{len(searched)} weights"
 
 
 @pytest.mark.parametrize("given", ["in slices", "in both", "in two ways"])
