@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.digest import digest
+from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.staging import write_text
 from optimer_hf.models.layout import (
     GENERATION_CONFIG,
@@ -124,8 +126,39 @@ def complete_generation_config(model: Path, source: Path) -> None:
     """Let a model in a directory stop at the `end_tokens` of the directory that its tokenizer comes
     from, if that has no generation_config.json, as adapters have none.
     """
+    if (completed := _completed_settings(model, source)) is not None:
+        write_text(model / GENERATION_CONFIG, json.dumps(completed, indent=2) + "\n")
+
+
+def completed_ends(model: Path, source: Path) -> Any:
+    """Return the `eos_token_id` that `complete_generation_config` would write: one id or a list of
+    them; None if it would write nothing.
+    """
+    completed = _completed_settings(model, source)
+    return None if completed is None else completed[EOS]
+
+
+def generation_folder(base: Path, source: Path) -> Path | None:
+    """Return a folder with the generation_config.json of a merge whose tokenizer comes from
+    `source`, for programs that read it there; None if it is that of the base. One that has to be
+    made is kept in the cache.
+    """
     if (source / GENERATION_CONFIG).exists():
-        return
+        return source
+    if (completed := _completed_settings(base, source)) is None:
+        return None
+    out = cache_dir() / "generation" / digest(completed)[:16]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / GENERATION_CONFIG, json.dumps(completed, indent=2) + "\n")
+    return out
+
+
+def _completed_settings(model: Path, source: Path) -> dict[str, Any] | None:
+    """Return the generation config of a model with the `end_tokens` of the directory that its
+    tokenizer comes from; None if that has a generation_config.json, or they are in it already.
+    """
+    if (source / GENERATION_CONFIG).exists():
+        return None
     file, config = model / GENERATION_CONFIG, read_settings(model / CONFIG)
     text = config.get("text_config")
     named = {**(text if isinstance(text, dict) else {}), **config}
@@ -135,8 +168,7 @@ def complete_generation_config(model: Path, source: Path) -> None:
         else {key: named[key] for key in TOKEN_IDS if named.get(key) is not None}
     )
     ends = _joined(settings.get(EOS), end_tokens(source))
-    if ends != settings.get(EOS):
-        write_text(file, json.dumps(settings | {EOS: ends}, indent=2) + "\n")
+    return None if ends == settings.get(EOS) else {**settings, EOS: ends}
 
 
 def end_tokens(source: Path) -> list[int]:

@@ -385,13 +385,18 @@ class Lock(VersionedFile):
         }
 
 
-def tokenizer_note(source: str) -> str:
+def tokenizer_note(source: str, ends: Any = None) -> str:
     """Return a comment for a config for mergekit alone: which files of `source` to copy beside what
-    mergekit writes.
+    mergekit writes, and which tokens end an answer if no file of it says so, `ends` if they are
+    known.
 
     The config itself names no tokenizer, because mergekit would cut the embedding to its tokens.
     """
+    stops = "If there is none, they are the EOS of its config.json and of its tokenizer, too."
+    if ends is not None:
+        stops = f"There is none, so they are {ends}."
     return (
         f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
-        "into OUT.\n"
+        "into OUT.\n# Tokens that end an answer are eos_token_id in OUT/generation_config.json. "
+        f"{stops}\n"
     )

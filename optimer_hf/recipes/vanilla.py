@@ -6,6 +6,7 @@ from optimer_hf.files.staging import finish_move
 from optimer_hf.merging.mergekit_names import list_unreadable
 from optimer_hf.merging.mergekit_pool import BASE_FIELD, settings_of, vanilla_config
 from optimer_hf.merging.mergekit_settings import is_zero
+from optimer_hf.merging.tokenizer import completed_ends
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
@@ -69,9 +70,14 @@ def write_vanilla(
             str(base.path), written, {name: settings[name] for name in written}, config.dtype, kinds
         )
     assert merge_config is not None  # a pool of deltas alone has one
-    note = "" if tokenizer is None else tokenizer_note(str(tokenizer.path))
+    note = "" if tokenizer is None else _note_of(base, tokenizer)
     write_for_mergekit(merge_config, path, note)
     return True
+
+
+def _note_of(base: ResolvedModel, tokenizer: ResolvedModel) -> str:
+    """Return the comment of a config whose merge has the tokenizer of another model."""
+    return tokenizer_note(str(tokenizer.path), completed_ends(base.path, tokenizer.path))
 
 
 def _is_quantised(vector: DistributionVector) -> bool:

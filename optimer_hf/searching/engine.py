@@ -18,8 +18,8 @@ from optimer_hf.files.digest import digest
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.gradients import Derivatives
 from optimer_hf.merging.resident import ResidentModel
-from optimer_hf.merging.tokenizer import set_generation_config
-from optimer_hf.models.layout import GENERATION_CONFIG, ResolvedModel
+from optimer_hf.merging.tokenizer import generation_folder, set_generation_config
+from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import default_device
 from optimer_hf.models.placement import Placement
 from optimer_hf.printable import warn_once
@@ -197,8 +197,9 @@ def _vllm_options(
         "tokenizer": str((tokenizer or base).path),
         "worker_extension_cls": WORKER,
     }
-    if tokenizer is not None and (tokenizer.path / GENERATION_CONFIG).exists():
-        options["generation_config"] = str(tokenizer.path)
+    folder = None if tokenizer is None else generation_folder(base.path, tokenizer.path)
+    if folder is not None:
+        options["generation_config"] = str(folder)
     return options | config.options
 
 

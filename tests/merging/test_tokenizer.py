@@ -23,19 +23,21 @@ from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of
 from optimer_hf.merging.mergekit_search import unsearched_settings, with_weights
-from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.tokenizer import completed_ends, open_tokenizer
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.recipes.record import Lock, Recipe
+from optimer_hf.recipes.record import Lock, Recipe, tokenizer_note
 from optimer_hf.recipes.vanilla import write_vanilla
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.objective import Asked
+from optimer_hf.searching.engine import _vllm_options
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.study_file import study_of_merge_config
 from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import load_study
+from optimer_hf.study.engine import EngineConfig
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 
@@ -312,6 +314,15 @@ def test_a_merge_stops_where_the_model_that_lends_its_tokenizer_stops(
     config = study_of(models, tmp_path, vectors={"math": str(models["math"])})
     held = ResidentPool(config.model_copy(update={"tokenizer_source": str(models["it"])}))
     assert held._engine.lm.model.generation_config.eos_token_id == ends
+    options = _vllm_options(EngineConfig(name="vllm"), base, lender, "float32")
+    read_there = "generation_config" in options  # else vLLM reads that of the base, and its EOS
+    assert read_there == (ends != 1)
+    if read_there:
+        config = GenerationConfig.from_pretrained(options["generation_config"])
+        assert config.eos_token_id == ends
+    assert completed_ends(base.path, lender.path) == (ends if read_there else None)
+    note = tokenizer_note("it", completed_ends(base.path, lender.path))
+    assert (f"so they are {ends}." if read_there else "the EOS of its config.json") in note
 
 
 @pytest.mark.parametrize("engine", ["native", "mergekit"])
