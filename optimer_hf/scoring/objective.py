@@ -360,8 +360,6 @@ class Objective(FileModel):
             )
 
     def idle_fields(self) -> Iterator[Mistake]:
-        if self.include_path is not None and all(term.task is None for term in self.scored_terms):
-            yield ("include_path",), "it goes with a 'task', and there is none; leave it out"
         if self.split_by != "document" and not self.splits_items:
             message = "it says what 'hash_range' hashes, and no term has one; leave it out"
             yield ("split_by",), message

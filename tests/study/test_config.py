@@ -308,11 +308,6 @@ IDLE = [  # what is added to a sound study, and the field that would be ignored
         "scores every term",
     ),
     ({"objective.terms": [{**TASK, "text_field": "t"}]}, "objective.terms.0.text_field", "'text'"),
-    (
-        {"objective.terms": [TEXT], "objective.include_path": "."},
-        "objective.include_path",
-        "'task'",
-    ),
     ({"objective.split_by": "prompt"}, "objective.split_by", "'hash_range'"),
     ({"objective.fewshot_as_multiturn": True}, "objective.fewshot_as_multiturn", "no turns"),
     (
