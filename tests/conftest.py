@@ -19,6 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: some tests fork it
+# Plain loops: for vectors, the compiler of C++ reads headers for 20 s, and tries the processor.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -6,12 +6,10 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import weakref
 from pathlib import Path
-from time import monotonic, sleep
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +49,7 @@ from optimer_hf.training.trainer import build_trainer
 from optimer_hf.vectors.training_record import Speed
 from tests.support.tiny import SIZES
 from tests.support.training import FAST, LORA, losses_of, record_of
+from tests.support.warm import start_optimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -541,14 +540,6 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", *map(str, words)]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    end = monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert monotonic() < end, "the run wrote no checkpoint in time"
-        sleep(0.005)
-
-
 def test_a_killed_run_resumes_and_gives_the_losses_of_an_uninterrupted_one(
     make_config, tmp_path, caplog
 ):
@@ -556,18 +547,8 @@ def test_a_killed_run_resumes_and_gives_the_losses_of_an_uninterrupted_one(
     config = make_config("llama", trainer=trainer, max_tokens=32 * 60)
     config.write(tmp_path / "train.yaml")
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("optimer_hf", "train", tmp_path / "train.yaml", out),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    wait_for(
-        lambda: (out / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists(), process
-    )
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    checkpoint = out / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    start_optimer("train", tmp_path / "train.yaml", out).kill_when(checkpoint.exists)
     assert not (out / "training.json").exists()
     assert not is_trained(config, out)
 
