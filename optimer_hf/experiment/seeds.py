@@ -17,9 +17,9 @@ from dataclasses import replace
 
 from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
-from optimer_hf.comparison.rows import OF_ATTEMPTS, OF_ONE_VECTOR, mark_title, title_of
+from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.attempts_figure import list_single_attempts, write_attempts_figure
+from optimer_hf.experiment.attempts_figure import write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.marks import DONE_FILE
 from optimer_hf.experiment.run import (
@@ -59,7 +59,6 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         correlations = [each for each in known if each is not None]
         spread = Spread(values=correlations) if correlations else None
         text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
-        text += attempts_to_markdown(rows, list_single_attempts(config), unit)
         text += describe_correlation(spread, len(runs)) + _notes(run, results, rows)
         if any(row.kind in OF_ATTEMPTS for row in rows):
             write_attempts_figure(rows, config, run.out / ATTEMPTS_FIGURE)
@@ -153,27 +152,30 @@ def to_markdown(
     rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]], unit: Unit
 ) -> str:
     """Return the table of the rows and that of the weights of the merges."""
+    searched = [row for row in rows if row.kind == "other_search"]
     numbers = [
         [
             mark_title(row.name, row.chosen_after_seal),
             unit.show(row.gain.mean),
             f"{unit.show(min(row.gain.values))} ... {unit.show(max(row.gain.values))}",
             "" if row.kind == "merge" else _show(row.merge_minus, unit),
+            *("" if row is one else _show(one.gain.minus(row.gain), unit) for one in searched),
         ]
         for row in rows[1:]
     ]
     header = ["row", "gain", "smallest ... largest", "merge minus row"]
+    header += [f"{row.name}, minus row" for row in searched]
     weights = [
         [f"seed-{seed}", *(f"{weight:g}" for weight in merge.values())]
         for seed, merge in enumerate(merges)
     ]
     return (
         f"Sealed test under {len(merges)} seeds of training and search, {unit.text}. For each row: "
-        "the mean, the smallest and the largest gain, and the mean of the searched merge minus the "
-        "row, with its 95 % interval over the seeds (Student's t). All runs share the test items, "
-        "and the vectors and models that were not trained here, so the intervals do not show how "
-        "much the results depend on those. Re-targeted merges are measured by the study's own "
-        "objective here, and by theirs in the results.md of each run.\n\n"
+        "the mean, the smallest and the largest gain, and the means of the searched merges minus "
+        "the row, with their 95 % intervals over the seeds (Student's t). All runs share the test "
+        "items, and the vectors and models that were not trained here, so the intervals do not "
+        "show how much the results depend on those. Re-targeted merges are measured by the study's "
+        "own objective here, and by theirs in the results.md of each run.\n\n"
         f"{markdown_table(header, numbers)}\nWeights of the merge:\n\n"
         f"{markdown_table(['seed', *merges[0]], weights)}"
     )
@@ -196,28 +198,6 @@ def terms_to_markdown(rows: Sequence[SeededRow]) -> str:
     return (
         "\nThe gain over the base on every term (losses relative, accuracies in points): the mean "
         f"with its 95 % interval over the seeds.\n\n{markdown_table(['row', *labels], numbers)}"
-    )
-
-
-def attempts_to_markdown(
-    rows: Sequence[SeededRow], single_attempts: Sequence[str], unit: Unit
-) -> str:
-    """Return the table of the searched merges minus the best of R mixtures at equal cost, with
-    their intervals over the seeds; nothing without such mixtures. `single_attempts` are vectors of
-    the pool that are one attempt.
-    """
-    if not any(row.kind == "attempts" for row in rows):
-        return ""
-    tried = [row for row in rows if row.kind in OF_ONE_VECTOR and row.subject in single_attempts]
-    tried += [row for row in rows if row.kind in OF_ATTEMPTS]
-    numbers = [
-        [row.name, *(_show(row.gain.minus(other.gain), unit) for other in tried)]
-        for row in rows
-        if row.kind in ("merge", "other_search")
-    ]
-    return (
-        "\nThe searched merges minus mixtures at equal cost: the mean with its 95 % interval over "
-        f"the seeds.\n\n{markdown_table(['row', *(row.name for row in tried)], numbers)}"
     )
 
 

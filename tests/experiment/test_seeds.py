@@ -10,7 +10,6 @@ import yaml
 from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import read_results
 from optimer_hf.experiment.seeds import (
-    attempts_to_markdown,
     describe_correlation,
     join_rows,
     terms_to_markdown,
@@ -84,7 +83,7 @@ def test_gains_by_term_and_the_rank_correlation_have_intervals_over_the_seeds():
     assert describe_correlation(None, 2) == ""
 
 
-def test_searched_merges_are_compared_with_attempts_under_the_same_seed():
+def test_every_searched_merge_is_compared_with_every_row_under_the_same_seed():
     def gains(kind: str, subject: str, *values: float) -> SeededRow:
         spread = Spread(values=values)
         return SeededRow(
@@ -93,24 +92,22 @@ def test_searched_merges_are_compared_with_attempts_under_the_same_seed():
 
     rows = [
         gains("base", "", 0.0, 0.0),
-        gains("alone", "x", 0.5, 0.5),
         gains("alone", "mix", 0.25, 0.125),
         gains("other_search", "without mix", 0.5, 0.5),
-        gains("best_scale", "mix", 0.25, 0.25),
-        gains("attempts", "4", 0.375, 0.125),
-        gains("scaled_attempts", "4", 0.5, 0.125),
+        gains("scaled_attempts", "4", 0.25, 0.25),
         gains("merge", "", 0.5, 0.25),
     ]
-    table = attempts_to_markdown(rows, ["mix"], Unit(100.0, "in percent")).splitlines()
-    names = ["mix at 1.0", "mix at its best scale", "best of 4 data mixtures at equal cost"]
-    names += [f"{names[-1]}, at its best scale"]
-    assert table[3] == f"| row | {' | '.join(names)} |"
+    table = to_markdown(rows, [{"x": 1.0}] * 2, Unit(100.0, "in percent")).splitlines()
+    assert table[2].endswith("| merge minus row | without mix, minus row |")
     half = 12.7062 * 0.0625  # Student's t with one degree of freedom
     ends = f"[{(0.3125 - half) * 100:+.2f} %, {(0.3125 + half) * 100:+.2f} %]"
-    assert table[5].startswith(f"| without mix | +31.25 % {ends} | +25.00 % | +25.00 % [")
-    assert table[6].startswith("| searched merge | +18.75 % [")
-    assert len(table) == 7
-    assert attempts_to_markdown([*rows[:4], rows[-1]], ["mix"], Unit(100.0, "in percent")) == ""
+    last = {line.split(" | ")[0]: line.split(" | ", 4)[-1] for line in table[4:8]}
+    assert last == {
+        "| mix at 1.0": f"+31.25 % {ends} |",
+        "| without mix": " |",
+        "| best of 4 data mixtures at equal cost, at its best scale": "+25.00 % |",
+        "| searched merge": "+12.50 % [-146.33 %, +171.33 %] |",
+    }
 
 
 @pytest.mark.slow
