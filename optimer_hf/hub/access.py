@@ -8,21 +8,21 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from optimer_hf.errors import HubError
-from optimer_hf.models.hub_answers import checking_answers
+from optimer_hf.hub.client import retry
 
 NO_TOKEN = "no token, or a wrong one"
 NOT_SAID = "the Hub does not say what you may write to"
 
 
-def check_access(api: HfApi, repo_id: str, *, may_propose: bool) -> str | None:
+def check_access(api: HfApi, repo_id: str, *, proposes: bool, exists: bool) -> str | None:
     """Return why nobody knows whether the account may write to a repository: NO_TOKEN, or what the
-    Hub answered; None if it may, as far as the Hub says. `may_propose`: a pull request is enough.
+    Hub answered; None if it may, as far as the Hub says. `proposes`: a pull request is enough, if
+    the repository `exists`.
 
     Raises HubError if the token is for other namespaces, or for reading only.
     """
     try:
-        with checking_answers():
-            account = api.whoami()
+        account = retry(api.whoami)
     except LocalTokenNotFoundError:
         return NO_TOKEN
     except HfHubHTTPError as error:  # 429: it answers few of these questions
@@ -37,12 +37,17 @@ def check_access(api: HfApi, repo_id: str, *, may_propose: bool) -> str | None:
             f"{api.endpoint}/settings/tokens, then `hf auth login`."
         )
     own = [who, *_organisations(account)]
-    if may_propose or namespace.casefold() in {name.casefold() for name in own}:
+    if (proposes and exists) or namespace.casefold() in {name.casefold() for name in own}:
         return None
+    limit = f"{who} may not write to {namespace!r}, only to {', '.join(own)}"
+    if proposes:
+        raise HubError(
+            f"{repo_id}: there is no such repository to propose a change to, or {who} may not see "
+            f"it, and {limit}. Check the name, or log in as somebody else (`hf auth login`)."
+        )
+    proposal = ", or propose a change to what is there with --create-pr" * exists
     raise HubError(
-        f"{repo_id}: {who} may not write to {namespace!r}, only to {', '.join(own)}. Push there, "
-        "log in as somebody else (`hf auth login`), or propose a change to what is there with "
-        "--create-pr."
+        f"{repo_id}: {limit}. Push there, or log in as somebody else (`hf auth login`){proposal}."
     )
 
 
@@ -53,7 +58,13 @@ def _role_of_token(account: Mapping[str, Any]) -> str | None:
 
 
 def _organisations(account: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the organisations in which an account may do more than read."""
+    """Yield the organisations in which an account may do more than read, if only in a resource
+    group.
+    """
     for each in account.get("orgs") or ():
-        if isinstance(each, Mapping) and each.get("roleInOrg") != "read":
+        if not isinstance(each, Mapping):
+            continue
+        groups = [x for x in each.get("resourceGroups") or () if isinstance(x, Mapping)]
+        roles = [each.get("roleInOrg"), *(group.get("role") for group in groups)]
+        if any(role != "read" for role in roles):
             yield str(each.get("name"))

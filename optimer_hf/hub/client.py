@@ -89,8 +89,10 @@ def _is_commit_quota(error: HfHubHTTPError) -> bool:
 
 
 @contextmanager
-def explaining_errors(repo_id: str) -> Iterator[None]:
-    """Turn the errors of the client into a HubError that says what to do."""
+def explaining_errors(repo_id: str, *, proposes: bool = False) -> Iterator[None]:
+    """Turn the errors of the client into a HubError that says what to do. `proposes`: the request
+    is for a pull request.
+    """
     try:
         yield
     except HFValidationError as error:
@@ -101,24 +103,25 @@ def explaining_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: the Hub is offline (HF_HUB_OFFLINE). Unset it.") from None
     except LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, HfHubHTTPError):
-            raise HubError(f"{repo_id}: {_remedy(error.__cause__)}") from None
+            raise HubError(f"{repo_id}: {_remedy(error.__cause__, proposes)}") from None
         raise HubError(f"{repo_id}: {UNREACHABLE}") from None
     except HfHubHTTPError as error:
-        raise HubError(f"{repo_id}: {_remedy(error)}") from None
+        raise HubError(f"{repo_id}: {_remedy(error, proposes)}") from None
     except (HTTPError, ConnectionError) as error:
         raise HubError(f"{repo_id}: {UNREACHABLE} ({type(error).__name__})") from None
 
 
-def _remedy(error: HfHubHTTPError) -> str:
+def _remedy(error: HfHubHTTPError, proposes: bool) -> str:
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
         return f"is gated ({status}). Ask for access on its page, then `hf auth login`."
     if status == 401:
         return "not found, or the token is wrong or missing (401). Log in with `hf auth login`."
     if status == 403:
+        proposal = "" if proposes else ", or propose the change with --create-pr"
         return (
             f"the token may not do this (403: {error.server_message}). Use a token with write "
-            "access to the namespace, or propose the change with --create-pr."
+            f"access to the namespace{proposal}."
         )
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision (404). Check the branch, tag or commit."

@@ -139,7 +139,7 @@ def push(
         _refuse_beside_pull_request(tag, vectors)
     folder = Path(directory)
     options = _Options(private, licence, commit_message, create_pr, tag, dry_run)
-    with explaining_errors(repo_id):
+    with explaining_errors(repo_id, proposes=create_pr):
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
             raise HubError(f"{repo_id!r}: expected a repository as OWNER/NAME.")
@@ -152,16 +152,18 @@ def push(
         logger.info("push: asking the Hub about %s", repo_id)
         if dry_run:
             target = replace(target, silence=_find_silence(target))
-        target = _check_access(target, options)
+        unknown = _check_access(target, options)
         placed = _place_inputs(target, folder, at) if at else {}
         if vectors:
             done = _push_with_inputs(folder, target, options, placed)
         else:
             done = _push_alone(folder, target, options, placed)
-    if not (at and _is_unreachable(target)):
-        return done
-    weights = f"whether {', '.join(at.values())} have the weights of {', '.join(at)}"
-    return replace(done, unchecked=(*done.unchecked, weights))
+    unchecked = list(done.unchecked)
+    if unknown is not None and dry_run:
+        unchecked.append(f"whether you may write to {target.namespace!r} ({unknown})")
+    if at and _is_unreachable(target):
+        unchecked.append(f"whether {', '.join(at.values())} have the weights of {', '.join(at)}")
+    return replace(done, unchecked=tuple(unchecked))
 
 
 def _push_alone(
@@ -330,21 +332,19 @@ def _find_silence(target: "_Repository") -> _Silence | None:
     return None
 
 
-def _check_access(target: "_Repository", options: _Options) -> "_Repository":
-    """Raise HubError if the account may not write to a repository. Return it, with a silence if
-    this is a dry run that could not ask.
+def _check_access(target: "_Repository", options: _Options) -> str | None:
+    """Raise HubError if the account may not write to a repository. Return why the Hub does not say
+    that, if it answers other questions.
     """
     if target.silence is not None:
-        return target
-    may_propose = options.create_pr and target.fetch_info() is not None
-    unknown = check_access(target.api, target.repo_id, may_propose=may_propose)
-    if options.dry_run and unknown is not None:
-        return replace(target, silence=_Silence(unknown, is_total=False))
-    if unknown == NO_TOKEN:
+        return None
+    exists = target.fetch_info() is not None
+    unknown = check_access(target.api, target.repo_id, proposes=options.create_pr, exists=exists)
+    if unknown == NO_TOKEN and not options.dry_run:
         raise HubError(
             f"{target.repo_id}: the token is wrong or missing (401). Log in with `hf auth login`."
         )
-    return target
+    return unknown
 
 
 def _is_unreachable(target: "_Repository") -> bool:
@@ -391,6 +391,10 @@ class _Repository:
     def url(self) -> str:
         """The page of the repository."""
         return f"{self.api.endpoint}/{self.repo_id}"
+
+    @property
+    def namespace(self) -> str:
+        return self.repo_id.partition("/")[0]
 
     @property
     def branch(self) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,16 +217,22 @@ def test_a_dry_run_of_an_unknown_input_and_a_push_still_need_the_hub(
 @pytest.mark.parametrize(
     ("token", "namespace", "said"),
     [
-        (BOB, "alice", r"bob may not write to 'alice', only to bob\. .*--create-pr"),
+        (BOB, "alice", r"bob may not write to 'alice', only to bob\. .*\(`hf auth login`\)\.$"),
         (ALICE, "bob", r"alice may not write to 'bob', only to alice, acme\."),
         ("hf_alice_read", "alice", "the token of alice is for reading only"),
         (ALICE, "acme", None),
         (ALICE, "Alice", None),  # the Hub does not tell case apart
+        ("hf_reader", "acme", r"carol may not write to 'acme', only to carol\."),
+        ("hf_member", "acme", None),  # a resource group gives more than the organisation
     ],
 )
 def test_a_push_that_may_not_write_is_refused_before_any_work(
     hub, make_vector, name, monkeypatch, token, namespace, said, dry_run
 ):
+    carol = {"name": "carol", "orgs": {"acme": "read"}, "role": "write"}
+    monkeypatch.setitem(hub.tokens, "hf_reader", carol | {"groups": {"acme": {"a": "read"}}})
+    groups = {"groups": {"acme": {"a": "read", "b": "write"}}}
+    monkeypatch.setitem(hub.tokens, "hf_member", carol | groups)
     begun = []
     monkeypatch.setattr(pushes, "choose_files", lambda *_: begun.append(1) or pytest.skip("began"))
     before = len(hub.calls("."))
@@ -246,6 +253,59 @@ def test_without_a_token_a_push_is_refused_before_any_work(hub, make_vector, nam
     monkeypatch.setattr(pushes, "choose_files", lambda *_: pytest.fail("it began"))
     with pytest.raises(HubError, match=r"token is wrong or missing \(401\)\. Log in"):
         hubs.push(make_vector("adapter"), f"alice/{name}", token="hf_nobody")
+
+
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 503}, {"drop": True}], ids=str)
+@pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+def test_a_dry_run_that_cannot_ask_who_one_is_differs_by_one_line(
+    hub, make_recipe, name, fault, private
+):
+    folder, repo_id = make_recipe("adapter"), f"alice/{name}"
+    hubs.push(folder, repo_id, token=ALICE, vectors=True, private=private)
+    usual = hubs.push(folder, repo_id, token=ALICE, vectors=True, dry_run=True)
+    assert usual.unchanged
+    hub.inject("GET /api/whoami-v2", times=99, **fault)
+    try:
+        done = hubs.push(folder, repo_id, token=ALICE, vectors=True, dry_run=True)
+    finally:
+        hub.faults.clear()
+    *others, line = done.unchecked
+    assert line.startswith("whether you may write to 'alice' (the Hub does not say")
+    assert replace(done, unchecked=tuple(others)) == usual
+
+
+def test_a_dry_run_without_a_token_reads_the_card_of_a_public_repository(
+    hub, make_vector, name, monkeypatch
+):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE, licence="mit")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    done = hubs.push(vector, f"alice/{name}", dry_run=True)
+    assert (done.sent, split_card(done.card)[0]["license"]) == ({}, "mit")
+    assert done.unchecked == ("whether you may write to 'alice' (no token, or a wrong one)",)
+
+
+def test_whoami_is_asked_again_after_a_passing_fault(hub, make_vector, name):
+    hub.inject("GET /api/whoami-v2", 503, times=2)
+    done = hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE, dry_run=True)
+    assert not done.unchecked
+
+
+def test_a_proposal_to_nothing_is_not_told_to_propose(hub, make_vector, name):
+    with pytest.raises(HubError, match=r"no such repository to propose a change to") as caught:
+        hubs.push(make_vector("adapter"), f"alice/{name}", token=BOB, create_pr=True)
+    assert "--create-pr" not in str(caught.value)
+
+
+def test_a_refused_proposal_is_not_told_to_propose(hub, make_vector, name):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    change_record(vector, name="other")
+    hub.inject("POST .*/commit/", 403, body="pull requests are off")
+    with pytest.raises(HubError, match=r"the token may not do this \(403") as caught:
+        hubs.push(vector, f"alice/{name}", token=BOB, create_pr=True)
+    assert "--create-pr" not in str(caught.value)
 
 
 def test_a_proposal_needs_no_right_to_write(hub, make_vector, name):

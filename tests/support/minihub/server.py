@@ -89,7 +89,8 @@ class HubServer:
             multipart_over,
             redirect_small,
         )
-        # token -> {"name", "fullname", "orgs": {org: role}, "role": "write"|"read"}
+        # token -> {"name", "fullname", "orgs": {org: role}, "groups": {org: {group: role}},
+        # "role": "write"|"read"}
         self.tokens = users or {
             "hf_alice_write": {"name": "alice", "orgs": {"acme": "admin"}, "role": "write"},
             "hf_alice_read": {"name": "alice", "orgs": {"acme": "admin"}, "role": "read"},
@@ -228,7 +229,10 @@ class HubServer:
 
     @staticmethod
     def owns(u, ns):
-        return bool(u) and (u["name"] == ns or ns in u.get("orgs", {}))
+        if not u or u["name"] == ns or ns not in u.get("orgs", {}):
+            return bool(u) and u["name"] == ns
+        roles = {u["orgs"][ns], *u.get("groups", {}).get(ns, {}).values()}
+        return roles != {"read"}
 
     def repo(self, req, typ, rid, write=False) -> Repo:
         u = self.user(req)
@@ -308,6 +312,10 @@ class HubServer:
                             "name": o,
                             "fullname": u.get("org_names", {}).get(o, o),
                             "roleInOrg": r,
+                            "resourceGroups": [
+                                {"id": group, "name": group, "role": role}
+                                for group, role in u.get("groups", {}).get(o, {}).items()
+                            ],
                         }
                         for o, r in u.get("orgs", {}).items()
                     ],
