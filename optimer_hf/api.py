@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import VersionedFile, parse
+from optimer_hf.files.model import VersionedFile, parse, warn_of_idle_fields
 from optimer_hf.files.reference import AnyPath
 from optimer_hf.files.staging import require_empty
 from optimer_hf.progress import announce
@@ -355,7 +355,9 @@ def _config(cls: type[FileT], given: "FileT | Mapping[str, Any] | AnyPath") -> F
     if isinstance(given, cls):
         return given
     if isinstance(given, Mapping):
-        return parse(cls, given, Path(cls.__name__))
+        config = parse(cls, given, Path(cls.__name__))
+        warn_of_idle_fields(config, Path(cls.__name__))
+        return config
     if isinstance(given, str | os.PathLike):
         return cls.read(Path(given))
     raise TypeError(

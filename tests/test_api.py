@@ -93,6 +93,14 @@ def test_a_search_takes_a_config_its_fields_or_its_file(here):
         optimer.search(3, "e")
 
 
+def test_a_search_names_a_field_that_does_nothing_and_goes_on(here, caplog):
+    fields = json.loads(config_of(search={"n_trials": 3, "rescore_top": 0}).model_dump_json())
+    fields["search"]["rescore_limit"] = 9
+    optimer.search(fields, "s", runner=InProcess(FunctionPool))
+    (line,) = [line for line in caplog.messages if "does nothing" in line]
+    assert line.startswith("StudyConfig: search.rescore_limit: does nothing where rescore_top is 0")
+
+
 def test_a_study_is_given_as_one_or_as_its_directory(here):
     study = optimer.search(with_test(), "s", runner=InProcess(FunctionPool))
     assert optimer.predict("s", {"u": 1.0}) == optimer.predict(study, {"u": 1.0})

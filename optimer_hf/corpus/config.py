@@ -44,10 +44,7 @@ class CorpusConfig(FileModel):
 
     def idle_fields(self) -> Iterator[Mistake]:
         if self.path is not None and self.split != "train":
-            message = (
-                f"found {self.split!r}, but it goes with 'dataset', and 'path' names the files"
-            )
-            yield ("split",), f"{message}; leave it out"
+            yield ("split",), "does nothing beside 'path', which names the files; leave it out"
 
     @property
     def name(self) -> str:

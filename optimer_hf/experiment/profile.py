@@ -8,7 +8,12 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Layered
-from optimer_hf.files.model import list_mistakes, list_unknown_fields, parse
+from optimer_hf.files.model import (
+    list_mistakes,
+    list_unknown_fields,
+    parse,
+    warn_of_idle_fields,
+)
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.text import did_you_mean, quote
@@ -75,7 +80,7 @@ def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:
     data = read_yaml(path)
     if profile is None:
         return Layered(path, data)
-    places: dict[tuple[str, ...], Place] = {}
+    places: dict[tuple[str, ...], tuple[Path, Place]] = {}
 
     def replace(below: Any, above: Any, at: tuple[str, ...], place: tuple[Any, ...]) -> Any:
         if isinstance(below, list) and isinstance(above, dict):
@@ -92,11 +97,11 @@ def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:
                 key: replace(below.get(key), value, (*at, str(key)), (*place, key))
                 for key, value in above.items()
             }
-        places[at] = place
+        places[at] = (profile.path, place)
         return above
 
     fields = replace(data, profile.sections[section], (), (section,))
-    return Layered(path, fields, profile.path, places)
+    return Layered(path, fields, places)
 
 
 def _label_of(item: Any) -> str | None:
@@ -155,7 +160,11 @@ def read_recipe_files(
             if mistakes := list_field_mistakes(training):
                 raise ConfigError(list_mistakes(file, mistakes))
             files[name], trainings[name] = file, training
-    return RecipeFiles(study, parse(StudyConfig, study.data, study), files, trainings)
+    config = parse(StudyConfig, study.data, study)
+    if profile is None:  # which may make a field idle that the whole run needs
+        for each, origin in ((config, study), *((trainings[n], files[n]) for n in files)):
+            warn_of_idle_fields(each, origin)
+    return RecipeFiles(study, config, files, trainings)
 
 
 def check_profile(path: Path) -> RecipeFiles | None:
@@ -166,7 +175,7 @@ def check_profile(path: Path) -> RecipeFiles | None:
     if (path.parent / STUDY).exists():
         return read_recipe_files(path.parent, profile)
     unknown = [
-        list_unknown_fields(cls, data, Layered(path, data, path, {(): (section,)}))
+        list_unknown_fields(cls, data, Layered(path, data, {(): (path, (section,))}))
         for section, cls in (("study", StudyConfig), ("train", TrainConfig))
         for data in (profile.sections[section],)
     ]

@@ -1,4 +1,4 @@
-"""The fields of a file with values of another laid over them, and where each value stands."""
+"""The fields of a file with values of others laid over them, and where each value stands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +10,14 @@ from optimer_hf.files.paths import Place
 
 @dataclass(frozen=True)
 class Layered:
-    """The fields of the file `path`, some of them replaced by values of the file `upper`.
+    """The fields of the file `path`, some of them replaced by values of other files.
 
-    `places` maps the place of each replaced value in `data`, as texts, to its place in `upper`.
+    `places` maps the place of each replaced value in `data`, as texts, to its file and place there.
     """
 
     path: Path
     data: Mapping[str, Any]
-    upper: Path | None = None
-    places: Mapping[tuple[str, ...], Place] = field(default_factory=dict)
+    places: Mapping[tuple[str, ...], tuple[Path, Place]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -26,9 +25,10 @@ class Layered:
     def locate(self, where: Place) -> tuple[Path, Place]:
         """Return the file that sets a field, and the place of the field in that file."""
         for length in range(len(where), -1, -1):
-            place = self.places.get(tuple(map(str, where[:length])))
-            if place is not None and self.upper is not None:
-                return self.upper, (*place, *where[length:])
+            found = self.places.get(tuple(map(str, where[:length])))
+            if found is not None:
+                path, place = found
+                return path, (*place, *where[length:])
         return self.path, where
 
 

@@ -2,19 +2,14 @@
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Layered, Origin, file_of
@@ -24,6 +19,8 @@ from optimer_hf.files.reading import read_yaml as read_yaml
 from optimer_hf.files.reference import AnyPath, function_in_file, is_there, match_pattern
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -57,25 +54,18 @@ class FileModel(BaseModel):
                 yield name, value
 
     def idle_fields(self) -> Iterator[Mistake]:
-        """Yield fields that mean nothing beside others. They are mistakes in what a person has
-        written, and none in a record, where an older version or a program may have put them.
-        """
+        """Yield fields that do nothing beside others, and what to do about them."""
         yield from ()
 
     @model_validator(mode="after")
-    def _refuse_mistakes(self, info: ValidationInfo) -> Self:
-        mistakes = list(self.mistakes())
-        if info.context and info.context.get("by_hand"):
-            mistakes += self.idle_fields()
-        if mistakes:
+    def _refuse_mistakes(self) -> Self:
+        if mistakes := list(self.mistakes()):
             raise FieldError(mistakes)
         return self
 
 
 class VersionedFile(FileModel):
     """The top level of one of our files."""
-
-    by_hand: ClassVar[bool] = False  # whether people write such files
 
     format_version: Literal[1] = Field(default=1, examples=[1])
     """Version of the file format."""
@@ -95,25 +85,56 @@ class VersionedFile(FileModel):
         write_text(Path(path), json.dumps(data, indent=2, ensure_ascii=False))
 
 
+class WrittenFile(VersionedFile):
+    """A file that people write: `read` names the fields in it that do nothing."""
+
+    @classmethod
+    def read(cls, path: AnyPath) -> Self:
+        config = super().read(path)
+        warn_of_idle_fields(config, Path(path))
+        return config
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def parse(
-    cls: type[ModelT], data: Mapping[str, Any], origin: Origin, *, is_record: bool = False
-) -> ModelT:
-    """Validate `data`, read from `origin`, as a `cls`. Unless it `is_record` of ours, or a profile
-    is laid over it, a file that people write may have no `idle_fields`.
+def parse(cls: type[ModelT], data: Mapping[str, Any], origin: Origin) -> ModelT:
+    """Validate `data`, read from `origin`, as a `cls`.
 
     Raises one ConfigError that names every mistake.
     """
-    is_laid_over = isinstance(origin, Layered) and origin.upper is not None
-    by_hand = issubclass(cls, VersionedFile) and cls.by_hand and not (is_record or is_laid_over)
-    context = {"folder": file_of(origin).resolve().parent, "by_hand": by_hand}
     try:
-        return cls.model_validate(data, context=context)
+        return cls.model_validate(data, context={"folder": file_of(origin).resolve().parent})
     except ValidationError as error:
         mistakes = [each for mistake in error.errors() for each in _explain(cls, mistake)]
         raise ConfigError(list_mistakes(origin, mistakes)) from None
+
+
+def warn_of_idle_fields(config: FileModel, origin: Origin) -> None:
+    """Log each field of a config, read from `origin`, that does nothing, once in a process: such a
+    file is sound, and a study or a training that began with it goes on.
+    """
+    for where, message in _idle_in(config):
+        _warn_once(list_mistakes(origin, [(where, f"{prefix_field(where, message)}.")]))
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+def _idle_in(value: Any, at: Place = ()) -> Iterator[Mistake]:
+    """Yield the `idle_fields` of every model in a value."""
+    inside: Mapping[Any, Any] = {}
+    if isinstance(value, FileModel):
+        yield from (((*at, *where), message) for where, message in value.idle_fields())
+        inside = dict(value)
+    elif isinstance(value, Mapping):
+        inside = value
+    elif isinstance(value, list | tuple):
+        inside = dict(enumerate(value))
+    for key, each in inside.items():
+        yield from _idle_in(each, (*at, key))
 
 
 def list_unknown_fields(cls: type[BaseModel], data: Mapping[str, Any], origin: Origin) -> str:

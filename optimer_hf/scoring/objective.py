@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
@@ -17,7 +17,7 @@ from pydantic import (
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
-from optimer_hf.files.model import FileModel, Mistake, VersionedFile
+from optimer_hf.files.model import FileModel, Mistake, WrittenFile
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reference import FunctionText, LocalPath, function_in_file
 from optimer_hf.files.text import quote
@@ -162,8 +162,7 @@ class Term(FileModel):
 
     def idle_fields(self) -> Iterator[Mistake]:
         if self.task is not None and self.text_field != "text":
-            message = f"found {self.text_field!r}, but it goes with 'text', and a 'task' knows its"
-            yield ("text_field",), f"{message} own fields; leave it out"
+            yield ("text_field",), "does nothing beside 'task'; leave it out"
 
     @property
     def label(self) -> str:
@@ -361,10 +360,9 @@ class Objective(FileModel):
 
     def idle_fields(self) -> Iterator[Mistake]:
         if self.split_by != "document" and not self.splits_items:
-            message = "it says what 'hash_range' hashes, and no term has one; leave it out"
-            yield ("split_by",), message
+            yield ("split_by",), "does nothing without a 'hash_range'; leave it out"
         if self.fewshot_as_multiturn and not self.apply_chat_template:
-            message = "without apply_chat_template, prompts have no turns; set that to true, too"
+            message = "does nothing without apply_chat_template; leave it out, or set that to true"
             yield ("fewshot_as_multiturn",), message
 
     def _mistakes_of_names(self) -> Iterator[Mistake]:
@@ -437,10 +435,8 @@ def naming_test(objectives: Sequence[Objective], objective: Objective) -> Iterat
         raise EvaluationError(f"test {error}") from error
 
 
-class ObjectiveFile(VersionedFile, Objective):
+class ObjectiveFile(WrittenFile, Objective):
     """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
-
-    by_hand: ClassVar[bool] = True
 
 
 # -- from scores to one number ---------------------------------------------------------------------

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError
-from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
+from optimer_hf.files.layered import Layered
+from optimer_hf.files.model import (
+    list_mistakes,
+    parse,
+    refuse_absent_files,
+    warn_of_idle_fields,
+)
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml, yaml_text
 from optimer_hf.files.reference import relative_reference
@@ -131,7 +137,9 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     if (reference := tokenizer_of(data, path)) is not None:
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)
-    config = parse(StudyConfig, fields, path)
+    origin = Layered(path, fields, {("objective",): (objective, ()), ("test",): (test or path, ())})
+    config = parse(StudyConfig, fields, origin)
+    warn_of_idle_fields(config, origin)
     if splits:
         logger.info(
             "%s: %d weights are searched: %s", path, len(config.free), ", ".join(config.free)
@@ -209,9 +217,9 @@ def _keep_as_begun(config: StudyConfig, path: Path, record: Path) -> StudyConfig
 
 def _read_objective(path: Path) -> dict[str, Any]:
     """Return the fields of an objective file; without `split_by` unless the file has it, so that a
-    study on record keeps its own.
+    study on record keeps its own. What does nothing depends on the whole study.
     """
-    objective = ObjectiveFile.read(path)
+    objective = parse(ObjectiveFile, read_yaml(path), path)
     idle = {"split_by"} - objective.model_fields_set
     return objective.model_dump(exclude={"format_version"} | idle)
 

@@ -4,12 +4,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
 from optimer_hf.files.digest import digest
-from optimer_hf.files.model import FileModel, Mistake, VersionedFile, parse
+from optimer_hf.files.model import FileModel, Mistake, WrittenFile, parse
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import (
     AnyPath,
@@ -61,8 +61,7 @@ Budget = Literal["all", "mixed", "one"]
 def _idle_bounds(bounds: tuple[float, float] | None, fixed: float | None) -> Iterator[Mistake]:
     """Yield bounds beside a fixed weight, which is not searched."""
     if fixed is not None and bounds not in (None, BOUNDS):
-        message = f"found {list(bounds or ())}, but 'fixed' keeps the weight at {fixed:g}"
-        yield ("bounds",), f"{message}; leave one of them out"
+        yield ("bounds",), "does nothing beside 'fixed'; leave it out"
 
 
 def _mistakes_of_bounds(bounds: tuple[float, float]) -> Iterator[Mistake]:
@@ -221,9 +220,10 @@ class VectorConfig(FileModel):
         yield from _idle_bounds(self.bounds, self.fixed)
         groups = [] if self.by is None else self.by.values()
         if groups and self.bounds != BOUNDS and all(each.has_own for each in groups):
-            yield ("bounds",), "every group in 'by' has its own or is fixed; leave it out"
+            message = "does nothing, since every group in 'by' has its own or is fixed"
+            yield ("bounds",), f"{message}; leave it out"
         if self.source is not None and self.mixture is not None and self.budget != "all":
-            yield ("budget",), "the vector at 'source' is trained already; leave it out"
+            yield ("budget",), "does nothing beside 'source', which is trained; leave it out"
 
     def _mistakes_of_groups(self, by: By) -> Iterator[Mistake]:
         if self.fixed is not None:
@@ -389,11 +389,11 @@ class SearchConfig(FileModel):
         for name in ("surrogate", "pareto"):
             value = getattr(self, name)
             if self.sampler is not None and value != SearchConfig.model_fields[name].default:
-                message = f"found {quote(value)}, but the sampler {self.sampler!r} chooses the"
-                yield (name,), f"{message} weights; leave one of them out"
+                message = "does nothing beside 'sampler', which chooses the weights"
+                yield (name,), f"{message}; leave it out"
         if self.rescore_top == 0 and self.rescore_limit is not None:
-            message = f"found {self.rescore_limit}, but rescore_top is 0, so nothing is scored"
-            yield ("rescore_limit",), f"{message} again; leave it out, or raise rescore_top"
+            message = "does nothing where rescore_top is 0; leave it out, or raise that"
+            yield ("rescore_limit",), message
 
 
 class SearchBaseline(SearchConfig):
@@ -493,7 +493,7 @@ class Baselines(FileModel):
         return len(self.mixtures) + sum(self.attempts)
 
 
-class StudyConfig(VersionedFile):
+class StudyConfig(WrittenFile):
     """study.yaml: which vectors to merge, what to score the merges on, and how to search."""
 
     base_model: ReferenceText = Field(examples=["google/gemma-3-270m"])
@@ -559,33 +559,24 @@ class StudyConfig(VersionedFile):
     )
     """What to compare the merge with."""
 
-    by_hand: ClassVar[bool] = True
-
     def idle_fields(self) -> Iterator[Mistake]:
         terms = self.objective.scored_terms
         for term in terms if self.search.rescore_top == 0 else ():
             if term.rescore_only:
                 group: str = "terms" if term in self.objective.terms else "constraints"
                 index = getattr(self.objective, group).index(term)
-                message = (
-                    "nothing is scored again, since search.rescore_top is 0, so the term would"
-                )
-                yield (
-                    ("objective", group, index, "rescore_only"),
-                    f"{message} not be scored at all; leave one of them out",
-                )
+                place = ("objective", group, index, "rescore_only")
+                message = "the term is never scored where search.rescore_top is 0"
+                yield place, f"{message}; leave it out, or raise that"
         for index, term in enumerate(self.test.terms if self.test is not None else ()):
             if term.rescore_only:
-                message = "the sealed test scores every term, once; leave it out"
+                message = "does nothing in a sealed test, which scores every term; leave it out"
                 yield ("test", "terms", index, "rescore_only"), message
         terms = [*terms, *(self.test.scored_terms if self.test is not None else ())]
         if all(term.task is None for term in terms):
             for name, value in self.objective.prompting.items():
                 if value:
-                    yield (
-                        ("objective", name),
-                        "it goes with a 'task', and there is none; leave it out",
-                    )
+                    yield ("objective", name), "does nothing without a 'task'; leave it out"
 
     def rescore_limit_of(self, term: Term) -> int | None:
         """Return how many items of a term are re-scored (None: all), never fewer than the search
@@ -901,7 +892,7 @@ class StudyConfig(VersionedFile):
         for part in ("objective", "test"):
             if isinstance(data.get(part), dict):
                 data[part].setdefault("split_by", "prompt")
-        return parse(cls, data, Path(path), is_record=True)
+        return parse(cls, data, Path(path))
 
     def with_split_of(self, recorded: Self) -> Self:
         """Return the study with the `split_by` of its own record where this does not name one."""

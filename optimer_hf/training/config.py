@@ -1,13 +1,13 @@
 """The fields of a train file."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from optimer_hf.corpus.config import CorpusConfig, CorpusEntry
 from optimer_hf.files.digest import digest, fingerprint
-from optimer_hf.files.model import Mistake, VersionedFile
+from optimer_hf.files.model import Mistake, WrittenFile
 from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reference import Reference, ReferenceText, is_there
 from optimer_hf.models.layout import weights_fingerprint
@@ -98,10 +98,8 @@ MOST_TOKENS = 10**13  # of one run
 PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
 
 
-class TrainConfig(VersionedFile):
+class TrainConfig(WrittenFile):
     """One run of continual pre-training. Give either `corpus` or `mixture`."""
-
-    by_hand: ClassVar[bool] = True
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["math"])
     """Name of the run in messages and records: letters, digits, '.', '_' and '-'."""
@@ -176,10 +174,7 @@ class TrainConfig(VersionedFile):
     def idle_fields(self) -> Iterator[Mistake]:
         max_steps = self.trainer.get("max_steps")
         if isinstance(max_steps, int) and max_steps > 0 and "num_train_epochs" in self.trainer:
-            message = (
-                f"the run ends after the {max_steps} steps of max_steps; leave one of them out"
-            )
-            yield ("trainer", "num_train_epochs"), message
+            yield ("trainer", "num_train_epochs"), "does nothing beside max_steps; leave it out"
 
     @property
     def corpora(self) -> Sequence[CorpusConfig]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optimer_hf.experiment.profile import lay_over, read_profile
+from optimer_hf.experiment.profile import lay_over, read_profile, read_recipe_files
 from optimer_hf.scoring.objective import Objective
 from tests.support.experiments import run_optimer
 
@@ -84,6 +84,20 @@ def test_a_profile_goes_by_what_tables_call_a_term(recipe_dir: Path, source):
     assert terms == [{"text": "other.jsonl"}, source | {"limit": 3}]
     objective = Objective.model_validate({"terms": terms})
     assert objective.terms[1].label == "mix", "the label of the record, by which the profile went"
+
+
+def test_a_profile_may_leave_a_field_of_the_whole_run_with_nothing_to_do(recipe_dir: Path, caplog):
+    study = yaml.safe_load((recipe_dir / "study.yaml").read_text())
+    study["search"] |= {"rescore_top": 1, "rescore_limit": 3}
+    (recipe_dir / "study.yaml").write_text(yaml.safe_dump(study))
+    (recipe_dir / "gpu.yaml").write_text("study: {search: {rescore_top: 0}}\n")
+    read_recipe_files(recipe_dir, read_profile(recipe_dir / "gpu.yaml"))
+    assert not caplog.messages
+    study["search"]["rescore_top"] = 0
+    (recipe_dir / "study.yaml").write_text(yaml.safe_dump(study))
+    read_recipe_files(recipe_dir, None)
+    (line,) = caplog.messages
+    assert "study.yaml:" in line and "search.rescore_limit: does nothing where" in line
 
 
 def test_a_list_without_names_takes_no_mapping(recipe_dir: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ from optimer_hf.recipes.from_search import search_study
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.items import check_disjoint
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.study_file import study_of_merge_config
 from tests.support.tiny import tiny_model
 
 MERGE = "merge_method: task_arithmetic\nbase_model: a/b\nmodels:\n"
@@ -67,6 +68,22 @@ def test_an_error_is_put_at_the_term_of_the_objective_or_of_the_test(
         search_study(study, tmp_path / "s", runner=InProcess(pool_of), **files)
     named = f"{tmp_path / place}: {'test ' * is_of_test}term 't': "
     assert str(raised.value).startswith(named) and message in str(raised.value)
+
+
+def test_a_field_that_does_nothing_is_named_in_the_objective_or_in_the_test(tmp_path, caplog):
+    for name in ("one", "two", "more"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "first"}\n')
+    merge, files = tmp_path / "merge.yml", [tmp_path / f"{name}.yaml" for name in ("aim", "sealed")]
+    merge.write_text(MERGE)
+    last = "{text: more.jsonl, rescore_only: true}"
+    template = "apply_chat_template: true\n"
+    files[0].write_text(f"terms:\n- {{text: one.jsonl}}\n{template}")
+    files[1].write_text(f"{template}terms:\n- {{text: two.jsonl}}\n- {last}\n")
+    study_of_merge_config(merge, *files)
+    assert [line.partition(": does nothing ")[0] for line in caplog.messages] == [
+        f"{files[1]}:4: test.terms.1.rescore_only",
+        f"{files[0]}:3: objective.apply_chat_template",
+    ]
 
 
 def test_an_error_about_no_term_of_the_file_has_no_line(tmp_path):
