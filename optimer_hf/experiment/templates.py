@@ -4,7 +4,7 @@ their meaning, made from the file models.
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import absolute_reference, expand_home, relative_reference
 from optimer_hf.files.staging import make_directory, write_text
 from optimer_hf.files.text import slug
+from optimer_hf.merging.mergekit_pool import name_sources
 from optimer_hf.models.layout import ADAPTER_CONFIG, VECTOR_FILE
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.study.config import Baselines, SearchConfig, StudyConfig, VectorConfig
@@ -174,6 +175,7 @@ def _study_block(
 ) -> Block:
     terms = [_task_term(task) for task in tasks]
     terms += [{"text": text} for text in texts or ([] if tasks else [HELD_OUT])]
+    terms = _name_terms([x for index, x in enumerate(terms) if x not in terms[:index]])
     # every term has a list of its own: YAML would write a shared one once, as an anchor
     halves = [[term | {"hash_range": [*half]} for term in terms] for half in ((0, 0.5), (0.5, 1))]
     values = {
@@ -190,6 +192,50 @@ def _study_block(
 def _task_term(task: str) -> dict[str, Any]:
     name, _, metric = task.partition("=")
     return {"task": name, "metric": metric or "acc"}
+
+
+def _name_terms(terms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return terms with names for those that would be called the same: as much of the path of a
+    text, or of the metric of a task, as tells them apart.
+    """
+    labels = [Term.model_construct(**term).label for term in _with_paths(terms)]
+    shared = [labels.count(label) > 1 for label in labels]
+    if not any(shared):
+        return list(terms)
+    longer = [[*_longer_names(term)] for term in terms]
+    for length in range(max(map(len, longer))):
+        names = [
+            names[min(length, len(names) - 1)] if is_shared else label
+            for names, label, is_shared in zip(longer, labels, shared, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = list(name_sources(labels))
+    return [
+        term | {"name": name} if is_shared else term
+        for term, name, is_shared in zip(terms, names, shared, strict=True)
+    ]
+
+
+def _with_paths(terms: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for term in terms:
+        yield {**term, "text": Path(term["text"])} if "text" in term else dict(term)
+
+
+def _longer_names(term: Mapping[str, Any]) -> Iterator[str]:
+    """Yield names of a term that say more and more of what it scores."""
+    if "task" in term:
+        yield f"{term['task']}-{slug(term['metric'])}"
+        return
+    path = Path(term["text"])
+    stem = path.name[: match.start(1) - 1] if (match := TEXTS.fullmatch(path.name)) else path.name
+    yield stem
+    yield path.name
+    folders = [part for part in path.parent.parts if part not in ("..", path.anchor)]
+    for index in reversed(range(len(folders))):
+        yield "-".join([*folders[index:], stem])
+    yield "-".join([*folders, path.name])
 
 
 def _train_block(base: str, name: str, text: str) -> Block:

@@ -98,6 +98,37 @@ def test_several_terms_are_split_alike(tmp_path):
     assert [term.hash_range for term in study.test.terms] == [(0.5, 1)] * 3
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("a.jsonl b.jsonl", "a b"),
+        ("held_out.math.jsonl held_out.code.jsonl.gz", "held_out.math held_out.code"),
+        ("math/held_out.jsonl code/held_out.jsonl", "math-held_out code-held_out"),
+        ("x/math/t.txt x/code/t.txt other.txt", "math-t code-t other"),
+        ("t.txt t.csv", "t.txt t.csv"),
+        ("t.txt ../work/t.txt", "t"),
+        ("a/t.txt a-t.txt t.csv b/a/t.txt", "a-t.txt a-t t.csv b-a-t"),
+        ("t.txt a/t.txt", "t.txt a-t"),
+        ("gsm8k=em,strict gsm8k=em,loose arc_easy", "gsm8k-em-strict gsm8k-em-loose arc_easy"),
+        ("arc_easy=acc arc_easy", "arc_easy"),
+    ],
+)
+def test_terms_get_names_of_their_own(tmp_path, monkeypatch, given, names):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    given = given.split()
+    texts = [each for each in given if "." in each]
+    tasks = [each for each in given if "." not in each]
+    path = Path("study.yaml")
+    init(path, ["math=you/math"], base=BASE, tasks=tasks, texts=texts)
+    study = StudyConfig.read(path)
+    assert [term.label for term in study.objective.terms] == names.split()
+    assert [term.label for term in study.test.terms] == names.split()
+    assert ("name:" in path.read_text("utf-8")) == any(
+        set("-.") & {*name} for name in names.split()
+    )
+
+
 @pytest.mark.parametrize("out", ["rec", "deep/er/rec", "link/rec", "new/study.yaml", "study.yaml"])
 @pytest.mark.parametrize("base", ["./base", "base", BASE, "~/base"])
 def test_paths_are_those_of_the_working_directory(tmp_path, monkeypatch, out, base):
