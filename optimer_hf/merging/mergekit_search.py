@@ -450,8 +450,8 @@ def with_weights(
 
 
 def obstacle_in(config: Mapping[str, Any], path: Path, kinds: Mapping[str, str]) -> str | None:
-    """Return why mergekit alone cannot make a merge of the models of a mergekit config, as a
-    clause; None if it can. `kinds` has the kind of each vector.
+    """Return why mergekit alone cannot run a mergekit config with its models as they are written
+    in it, as a clause; None if it can. `kinds` has the kind of each vector.
     """
     base, sources = pool_of(config, path)
     if "delta" in kinds.values():

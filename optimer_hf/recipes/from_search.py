@@ -5,7 +5,7 @@ from typing import Any
 
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.rows import check_titles
-from optimer_hf.recipes.record import LOCK, Lock
+from optimer_hf.recipes.record import LOCK, VANILLA_CONFIG, Lock
 from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import Runner
@@ -49,8 +49,13 @@ def search_study(
 
 def why_not_mergekit(study: Study, path: Path, study_dir: Path) -> str | None:
     """Return why the config that `search_study` returned for the study in a file is not for
-    mergekit alone, as a sentence; None if it is.
+    mergekit alone, as a sentence that names the config that is, if there is one; None if it is.
     """
     kinds = Lock.read(study_dir / LOCK).stored_kinds
     obstacle = obstacle_of_study(study.config, study.best_trial.weights, path, kinds)
-    return obstacle and f"mergekit alone cannot make this merge: {obstacle}."
+    if obstacle is None:
+        return None
+    plain = study_dir / VANILLA_CONFIG
+    if plain.exists():  # as linear, for a pool of deltas
+        return f"mergekit alone cannot run this config: {obstacle}. It can run {plain}."
+    return f"mergekit alone cannot make this merge: {obstacle}."

@@ -16,6 +16,8 @@ from optimer_hf.recipes.record import LOCK, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import Study, load_study
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
 from tests.support.landscapes import FunctionPool
 from tests.support.merges import run_plain_mergekit, tensors_in
 from tests.support.weights import edit_weights
@@ -85,6 +87,27 @@ def test_nothing_promises_mergekit_a_vector_whose_tensors_it_does_not_find(unrea
     text = (tmp_path / "r" / VANILLA_CONFIG).read_text()
     run_plain_mergekit(text, tmp_path / "theirs")
     build(tmp_path / "r" / "recipe.yaml", tmp_path / "ours")
+    ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=2**-7, atol=1e-6)
+
+
+def test_a_pool_of_deltas_is_sent_to_the_config_that_mergekit_runs(make_base, make_tuned, tmp_path):
+    base = make_base("llama")
+    for seed, name in enumerate("wxyz"):
+        tuned = open_vector(name, str(make_tuned(base, "llama", seed)), base)
+        extract(tuned, base, tmp_path / name)
+    path, objective = tmp_path / "given.yml", tmp_path / "objective.yaml"
+    path.write_text(MERGEKIT_YAML.format(base=base.path, **{n: tmp_path / n for n in "wxyz"}))
+    objective.write_text("terms: [{task: t}, {task: u}]\nlimit: 4\n")
+    out, runner = tmp_path / "s", InProcess(FunctionPool)
+    study, config = search_study(path, out, objective=objective, n_trials=7, runner=runner)
+    assert config["merge_method"] == "optimer"
+    said = why_not_mergekit(study, path, out)
+    assert said is not None and "cannot make this merge" not in said
+    assert said.endswith(f"It can run {out / VANILLA_CONFIG}.")
+    run_plain_mergekit((out / VANILLA_CONFIG).read_text(), tmp_path / "theirs")
+    build(out / "recipe.yaml", tmp_path / "ours")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     for key, tensor in ours.items():
         torch.testing.assert_close(theirs[key], tensor, rtol=2**-7, atol=1e-6)
