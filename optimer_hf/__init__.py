@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from optimer_hf.api import load_study as load_study
     from optimer_hf.api import merge as merge
     from optimer_hf.api import open_vector as open_vector
+    from optimer_hf.api import plot as plot
     from optimer_hf.api import predict as predict
     from optimer_hf.api import run as run
     from optimer_hf.api import search as search
@@ -67,6 +68,7 @@ _HOMES = {
         "load_study",
         "merge",
         "open_vector",
+        "plot",
         "predict",
         "run",
         "search",

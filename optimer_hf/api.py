@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optimer_hf.models.placement import DeviceMap
     from optimer_hf.models.resolve import AnyModel
     from optimer_hf.recipes.record import Recipe
+    from optimer_hf.report.pictures import Pictures
     from optimer_hf.scoring.functions import Scorer
     from optimer_hf.scoring.objective import Objective
     from optimer_hf.scoring.scores import TermScore
@@ -248,6 +249,18 @@ def write_report(
     page, folder = Path(out), Path(figures) if figures is not None else None
     write_page(_study(study, unfinished=True), page, figures=folder, vectors=vectors)
     return page
+
+
+def plot(study: "Study | AnyPath", *names: str) -> "Pictures":
+    """Draw the figures of a report, for a notebook, which shows them where a cell ends with this.
+
+    `names` are those of the figures to draw, such as "weights" or "progress" (none: every one that
+    there is of this study, finished or not). The cosines between vectors read every vector once;
+    they are drawn if they are named, or were measured before. Raises ConfigError for another name.
+    """
+    from optimer_hf.report.pictures import draw
+
+    return draw(_study(study, unfinished=True), names)
 
 
 # -- recipes ---------------------------------------------------------------------------------------

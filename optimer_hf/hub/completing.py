@@ -13,6 +13,7 @@ from typing import Literal
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.results_file import Results, results_of
 from optimer_hf.comparison.sealed_file import read_comparison
+from optimer_hf.merging.geometry_file import GEOMETRY
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.report.captions import CARD_FILES, FIGURES, REPORT
@@ -22,7 +23,6 @@ from optimer_hf.vectors.record import VectorFile
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-GEOMETRY = "geometry.json"  # of a study whose report has read the vectors before
 
 
 def base_of_vectors(recipe: Recipe) -> ResolvedModel:

@@ -2,6 +2,7 @@
 
 from optimer_hf.files.model import VersionedFile
 
+GEOMETRY = "geometry.json"  # in a study whose vectors were read for their cosines
 States = dict[str, tuple[int, int]]  # file name -> size in bytes, modification time in ns
 
 

@@ -240,10 +240,14 @@ def to_svg(panel: Panel) -> str:
 
 def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
     """Write a figure without metadata, so that the same figure gives the same bytes."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        _print_on(paper, figure, file, path.suffix)
+
+
+def _print_on(paper: str, figure: "Figure", file: IO[Any], suffix: str) -> None:
     figure.set_facecolor(paper)
     figure.set_dpi(DOTS)
-    with replacing(path) as partial, open(partial, "wb") as file:
-        _print(figure, file, path.suffix)
+    _print(figure, file, suffix)
 
 
 def _print(figure: "Figure", file: IO[Any], suffix: str) -> None:
@@ -271,6 +275,13 @@ def _print(figure: "Figure", file: IO[Any], suffix: str) -> None:
 def write_picture(panel: Panel, path: Path) -> None:
     """Write a panel with its title above it, in the format that the suffix of `path` names."""
     write_figure(_copy_with_title(panel), path)
+
+
+def to_png(panel: Panel) -> bytes:
+    """Return what `write_picture` would write as PNG."""
+    buffer = io.BytesIO()
+    _print_on(PAPER, _copy_with_title(panel), buffer, ".png")
+    return buffer.getvalue()
 
 
 def write_pictures(panel: Panel, light: Path, dark: Path) -> None:

@@ -4,7 +4,7 @@ A study is read once, as Evidence. The first screen and each section are made fr
 the template arranges them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -52,6 +52,27 @@ from optimer_hf.report.vector_panels import cosines_panel, ledger_panel, losses_
 from optimer_hf.study.directory import Study, load_study
 
 
+def _of_test(draw: Callable[[Comparison], Panel]) -> Callable[[Evidence], Panel | None]:
+    """Return the maker of a figure of the sealed test, which not every study has."""
+    return lambda evidence: None if evidence.comparison is None else draw(evidence.comparison)
+
+
+MAKERS: Mapping[str, Callable[[Evidence], Panel | None]] = {  # of the figures, by their names
+    "answer": _of_test(answer_panel),  # the page draws it as its first screen
+    "terms": terms_panel,
+    "sealed": _of_test(sealed_panel),
+    "progress": progress_panel,
+    "weights": weights_panel,
+    "slices": slices_panel,
+    "front": front_panel,
+    "cosines": cosines_panel,
+    "losses": losses_panel,
+    "norms": norms_panel,
+    "ledger": ledger_panel,
+}
+OF_VECTORS = "cosines"  # the figure for which every vector is read once
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page: its panels side by side, then its tables. A folded one shows its title
@@ -83,7 +104,7 @@ def write_report(
         sections = list(_make_sections(evidence, vectors))
         panels = [panel for section in sections for panel in section.panels]
         if figures is not None:  # before the page: drawing settles where the labels are
-            _write_figures(evidence, panels, figures)
+            _write_figures(evidence, [*make_panels(evidence, ["answer"]), *panels], figures)
         page = _render(evidence, sections)
     write_text(out, page)
     return panels
@@ -95,10 +116,16 @@ def write_figures(study: Study, folder: Path) -> None:
     """
     evidence = read_evidence(study)
     with use_style():
-        sections = _make_sections(evidence, False)
-        panels = [panel for section in sections for panel in section.panels]
-        shown = [panel for panel in panels if panel.name in CARD_FIGURES]
-        _write_figures(evidence, shown, folder)
+        shown = [name for name in MAKERS if name in CARD_FIGURES and name != OF_VECTORS]
+        _write_figures(evidence, make_panels(evidence, shown), folder)
+
+
+def make_panels(evidence: Evidence, names: Iterable[str]) -> list[Panel]:
+    """Return the figures with some names, in their order; those for which there are no data are
+    left out.
+    """
+    panels = (MAKERS[name](evidence) for name in names)
+    return [panel for panel in panels if panel is not None]
 
 
 def prepare_figure_path(path: Path) -> None:
@@ -136,8 +163,6 @@ def report_study(
 
 def _write_figures(evidence: Evidence, panels: Sequence[Panel], folder: Path) -> None:
     comparison = evidence.comparison
-    if comparison is not None:  # the page has it as its first screen
-        panels = [answer_panel(comparison), *panels]
     for panel in panels:
         light, dark = (folder / Path(of(panel.name)).name for of in (light_file, dark_file))
         write_pictures(panel, light, dark)
@@ -182,7 +207,7 @@ def _make_sections(evidence: Evidence, vectors: bool) -> Iterator[Section]:
         tables=[inputs_table(evidence)],
         is_folded=False,
     )
-    search = _drawn(evidence, progress_panel, weights_panel, slices_panel, front_panel)
+    search = make_panels(evidence, ["progress", "weights", "slices", "front"])
     yield Section(
         "search",
         "How the search went",
@@ -190,10 +215,10 @@ def _make_sections(evidence: Evidence, vectors: bool) -> Iterator[Section]:
         search,
         [trial_table(evidence)],
     )
-    makers = ([cosines_panel] if vectors else []) + [losses_panel, norms_panel]
-    if panels := _drawn(evidence, *makers):
+    names = [OF_VECTORS] * vectors + ["losses", "norms"]
+    if panels := make_panels(evidence, names):
         yield Section("vectors", "The vectors", panels[0].conclusion, panels)
-    if panels := _drawn(evidence, ledger_panel):
+    if panels := make_panels(evidence, ["ledger"]):
         yield Section("cost", "Where the time went", panels[0].conclusion, panels)
     yield Section(
         "digests",
@@ -205,8 +230,7 @@ def _make_sections(evidence: Evidence, vectors: bool) -> Iterator[Section]:
 
 def _score_sections(evidence: Evidence) -> Iterator[Section]:
     comparison = evidence.comparison
-    terms = terms_panel(evidence)
-    panels = [terms] if comparison is None else [terms, sealed_panel(comparison)]
+    panels = make_panels(evidence, ["terms", "sealed"])
     yield Section(
         "scores", "Scores", panels=panels, tables=[terms_table(evidence)], is_folded=False
     )
@@ -226,9 +250,3 @@ def _score_sections(evidence: Evidence) -> Iterator[Section]:
         f"{len(comparison.rows)} rows with their intervals.",
         tables=[sealed_table(comparison)],
     )
-
-
-def _drawn(evidence: Evidence, *makers: Callable[[Evidence], Panel | None]) -> list[Panel]:
-    """Return the panels that have something to show."""
-    panels = (make(evidence) for make in makers)
-    return [panel for panel in panels if panel is not None]

@@ -12,6 +12,7 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import OptimerError
 from optimer_hf.files.text import show_seconds, signed
 from optimer_hf.merging.geometry_cache import read_or_measure
+from optimer_hf.merging.geometry_file import GEOMETRY
 from optimer_hf.report.drawing import COLOURS, Panel, make_figure
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.vectors.training_record import PartialRun, RunRecord
@@ -39,7 +40,7 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
     if len(sources) < FEWEST_VECTORS:
         return None
     try:
-        kept = study.directory / "geometry.json"
+        kept = study.directory / GEOMETRY
         measured = read_or_measure(
             sources,
             config.base_model,

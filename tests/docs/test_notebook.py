@@ -98,5 +98,6 @@ def test_the_quickstart_goes_from_texts_to_a_merged_model(tmp_path, make_base, c
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "<caption>Study study: 5 trials, best stories" in pages_of(cells[3])[-1]
     assert "searched merge" in pages_of(cells[4])[-1]
+    assert pages_of(cells[5])[-1].count("data:image/png") == 1
     assert (tmp_path / "merged" / "recipe.lock.json").is_file()
     assert (tmp_path / "report.html").is_file()
