@@ -109,7 +109,7 @@ def list_own_contenders(study: Study) -> list[Contender]:
     rows.append(Contender("merge", "", best))
     for name, target in config.retarget.items():
         row = ChosenRow("retargeted", name, target)
-        weights = study.decide_row(row, partial(_predict_weights, study, target))
+        weights = study.decide_row(row, partial(_predict_weights, study, name, target))
         rows.append(Contender("retargeted", name, weights))
     return rows
 
@@ -121,8 +121,11 @@ def _equals(weights: Mapping[str, float], best: Mapping[str, float]) -> bool:
     return all(abs(weights[name] - weight) <= ROUNDING for name, weight in best.items())
 
 
-def _predict_weights(study: Study, target: Mapping[str, float]) -> dict[str, float]:
-    return predict(study, target).weights
+def _predict_weights(study: Study, name: str, target: Mapping[str, float]) -> dict[str, float]:
+    prediction = predict(study, target)
+    if prediction.note:
+        logger.warning("retarget %r: not predicted: %s", name, prediction.note)
+    return prediction.weights
 
 
 def compare(

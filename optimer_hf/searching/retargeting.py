@@ -54,6 +54,8 @@ def prediction_text(prediction: Prediction, target: Objective) -> str:
         deviation = f"{unit.factor * estimate.deviation:.{unit.digits}f}"
         return f"{unit.show(estimate.value)} +- {deviation}"
 
+    if prediction.note:
+        return f"not predicted: {prediction.note}\n  weights: {_weights_text(prediction.weights)}"
     lines = [
         f"predicted: value {show(prediction)} (posterior mean and standard deviation)",
         f"  weights: {_weights_text(prediction.weights)}",

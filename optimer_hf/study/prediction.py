@@ -20,7 +20,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.screening import searched_part
 from optimer_hf.study.space import columns_of, embed, from_unit, to_unit, within_total
-from optimer_hf.study.surrogate import Surrogate, fit_surrogate
+from optimer_hf.study.surrogate import SMALLEST_SPREAD, Surrogate, columns, fit_surrogate
 from optimer_hf.study.trials import Trial
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Estimate:
 class Prediction:
     """Weights; the value that the surrogate expects of them, with its standard deviation; the gain
     of every term with a weight above 0; and the probability (`feasible`) that the weights keep all
-    constraints.
+    constraints. `note` is empty, or says why these weights could not be predicted.
     """
 
     weights: dict[str, float]
@@ -54,6 +54,7 @@ class Prediction:
     deviation: float
     terms: dict[str, Estimate]
     feasible: float
+    note: str = ""
 
 
 # -- new objectives --------------------------------------------------------------------------------
@@ -145,14 +146,25 @@ def _find_term(terms: Sequence[Term], label: str) -> Term:
 def predict(study: Study, target: Objective | Mapping[str, float] | None = None) -> Prediction:
     """Return the weights with the largest posterior mean minus CAUTION standard deviations. Vectors
     that the study's screen leaves out stay at 0 for any target, since no trial says how far to go.
+    If the target has the same value in all trials, the weights are those of the study's best trial
+    that keeps its constraints.
 
     `target` is an objective over recorded terms, or their weights by label; None stands for the
     study's own objective. Raises StudyError for a term that was not recorded.
     """
     config = _config_for(study, target)
+    posterior = fit_surrogate(config, study.trials)
+    if _are_alike(config, study.trials) and not posterior.has_gradients:
+        trial = _best_that_keeps(study, config.objective)
+        note = _say_alike(study, config.objective, trial)
+        return _prediction_at(config, posterior, to_unit(config, [trial.weights]), note)
+    return _prediction_at(config, posterior, _best_point(study, config, posterior)[None])
+
+
+def _best_point(study: Study, config: StudyConfig, posterior: Surrogate) -> "Array":
+    """Return the point [d] of the unit box that `predict` returns as weights."""
     trials = study.trials
     searched = searched_part(study.config, trials)
-    posterior = fit_surrogate(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     near = near[:, columns_of(config, searched)]
@@ -165,14 +177,53 @@ def predict(study: Study, target: Objective | Mapping[str, float] | None = None)
     best = maximise(value, len(searched.free), rng, near, allowed=allowed)
     if posterior.has_gradients:
         best = climb(value, best, allowed=allowed)
-    best = embed(config, searched, best[None])[0]
-    mean, variance = posterior.predict(best[None])
+    return np.asarray(embed(config, searched, best[None])[0])
+
+
+def _prediction_at(
+    config: StudyConfig, posterior: Surrogate, point: "Array", note: str = ""
+) -> Prediction:
+    """Return what is expected at a point [1, d] of the unit box."""
+    mean, variance = posterior.predict(point)
     return Prediction(
-        from_unit(config, best),
+        from_unit(config, point[0]),
         float(mean[0]),
         float(np.sqrt(variance[0])),
-        _terms_at(config, posterior, best),
-        float(np.exp(posterior.log_feasibility(best[None])[0])),
+        _terms_at(config, posterior, point[0]),
+        float(np.exp(posterior.log_feasibility(point)[0])),
+        note,
+    )
+
+
+# -- when all trials are alike ---------------------------------------------------------------------
+
+
+def _are_alike(config: StudyConfig, trials: Sequence[Trial]) -> bool:
+    """Whether everything that the surrogate learns of an objective is the same in all trials that
+    were scored, so that a surrogate prefers no weights to others.
+    """
+    sound = [trial for trial in trials if trial.status == "ok"]
+    return bool((np.ptp(columns(config, sound), axis=0) <= SMALLEST_SPREAD).all())
+
+
+def _best_that_keeps(study: Study, target: Objective) -> Trial:
+    """Return the best trial of a study that keeps the constraints of another objective; the base
+    always does.
+    """
+    ranked = study.rank_trials()
+    if study.has_best_trial:
+        best = study.best_trial.number
+        ranked.sort(key=lambda trial: trial.number != best)
+    return next(trial for trial in ranked if is_feasible(target, trial.terms, study.base))
+
+
+def _say_alike(study: Study, target: Objective, trial: Trial) -> str:
+    labels = ", ".join(term.label for term in target.terms_at("search") if term.weight > 0)
+    which = "the best one that keeps the constraints" if target.constraints else "the best one"
+    return (
+        f"all {len(study.trials)} trials have the same value under this objective ({labels}), so "
+        f"they prefer no weights to others. These are the weights of trial {trial.number}, {which} "
+        "for the study's own objective."
     )
 
 

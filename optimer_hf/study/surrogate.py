@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+SMALLEST_SPREAD = 1e-9  # of values over the trials; less is rounding
 EDGE = 0.125  # standard deviations; the base is at the edge of a constraint of 0
 
 
@@ -170,7 +171,8 @@ def fit_surrogate(
 
     A `preference` [n_terms] replaces the term weights of the objective, each relative to the
     distance between the best and the median trial of its term. Trials that crashed through no fault
-    of their weights are left out.
+    of their weights are left out, and so are constraints that are as far from being broken in all
+    trials as at the base.
     """
     trials = [trial for trial in trials if not trial.is_blameless]
     table = columns(config, trials)
@@ -189,7 +191,12 @@ def fit_surrogate(
         for number, column in enumerate(np.hstack([table, limits]).T)
     ]
     n_columns = table.shape[1]
-    return Surrogate(WeightedSum(processes[:n_columns], weights), processes[n_columns:])
+    constraints = [
+        process
+        for process, headroom in zip(processes[n_columns:], limits.T, strict=True)
+        if np.ptp(headroom) > SMALLEST_SPREAD or len(process.slopes)  # something moves it
+    ]
+    return Surrogate(WeightedSum(processes[:n_columns], weights), constraints)
 
 
 def _gradients(

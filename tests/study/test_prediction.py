@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from optimer_hf.comparison.sealed import list_own_contenders
 from optimer_hf.errors import StudyError
 from optimer_hf.scoring.objective import Objective
+from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search, search_on
+from optimer_hf.searching.retargeting import prediction_text
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.prediction import CAUTION, best_scale, match_to_record, predict
 from optimer_hf.study.space import to_unit
@@ -298,3 +301,76 @@ def test_an_objective_over_the_record_prompts_as_the_record_did(study):
     config = study.config.model_copy(update={"objective": chatty})
     recorded = replace(study, config=config)
     assert match_to_record(recorded, objective(q=1.0)).prompting == chatty.prompting
+
+
+# -- terms on which all trials are alike -----------------------------------------------------------
+
+
+class DeafPool(FunctionPool):
+    """Scores the terms k and l alike, whatever the weights are."""
+
+    def score(self, weights, asked, *, gradients=False):
+        heard = [each for each in asked if each.label not in "kl"]
+        scored = super().score(weights, heard)
+        deaf = {each.label: TermScore([(0.0, 1.0)] * 4, True) for each in asked}
+        return replace(scored, terms=deaf | scored.terms)
+
+
+@pytest.fixture(scope="module")
+def deaf(tmp_path_factory):
+    deaf_terms = [{"task": name, "metric": "acc", "weight": 0} for name in "kl"]
+    loss = [{"task": name, "metric": "loss", "weight": name == "t"} for name in "tuq"]
+    config = config_of(
+        objective={"terms": [*loss, *deaf_terms], "limit": 4},
+        search={"n_trials": 12, "rescore_top": 0},
+    )
+    return search(config, tmp_path_factory.mktemp("d") / "s", runner=InProcess(DeafPool))
+
+
+@pytest.mark.parametrize("combine", ["relative_to_base", "weighted_mean", "worst"])
+@pytest.mark.parametrize("weights", [{"k": 1.0}, {"k": 1.0, "l": 3.0}])
+def test_terms_on_which_all_trials_are_alike_leave_the_best_merge_and_say_so(
+    deaf, combine, weights
+):
+    terms = [{"task": name, "metric": "acc", "weight": weight} for name, weight in weights.items()]
+    target = match_to_record(
+        deaf, Objective.model_validate({"terms": terms, "combine": combine, "limit": 4})
+    )
+    prediction = predict(deaf, target)
+    assert prediction.weights == deaf.best_weights
+    assert prediction.value == pytest.approx(0, abs=1e-6)
+    labels = ", ".join(weights)
+    note = f"all 12 trials have the same value under this objective ({labels}), so they"
+    assert note in prediction.note and f"trial {deaf.best_trial.number}, " in prediction.note
+    assert prediction_text(prediction, target).startswith(f"not predicted: {note}")
+    assert predict(deaf).note == predict(deaf, {"t": 1.0, "k": 1.0}).note == ""
+
+
+def test_where_all_trials_are_alike_the_best_one_that_keeps_the_constraints_is_left(deaf):
+    base, bound = landscape("q", dict.fromkeys("wxyz", 0.0)), 0.01
+    assert landscape("q", deaf.best_weights) > base * (1 + bound), "the constraint must bind"
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": bound}
+    target = {"terms": [{"task": "k", "metric": "acc"}], "constraints": [constraint]}
+    prediction = predict(deaf, match_to_record(deaf, Objective.model_validate(target)))
+    kept = [t for t in deaf.trials if t.terms["q"].score <= deaf.base["q"].score * (1 + bound)]
+    assert prediction.weights in [trial.weights for trial in kept]
+    best = min(kept, key=lambda trial: trial.terms["t"].score)
+    assert landscape("t", prediction.weights) <= best.terms["t"].score + 0.05
+    assert "that keeps the constraints" in prediction.note
+
+
+def test_a_constraint_on_which_all_trials_are_alike_changes_nothing(deaf):
+    constraint = {"task": "k", "metric": "acc", "max_relative_to_base": 0.0}
+    fields = {"terms": [{"task": "t", "metric": "loss"}]}
+    free, bound = (
+        predict(deaf, match_to_record(deaf, Objective.model_validate(fields | more)))
+        for more in ({}, {"constraints": [constraint]})
+    )
+    assert bound.weights == free.weights and bound.feasible == 1.0
+
+
+def test_a_retargeted_row_that_could_not_be_predicted_is_said(deaf, caplog):
+    config = deaf.config.model_copy(update={"retarget": {"listen": {"k": 1.0}}})
+    rows = list_own_contenders(replace(deaf, config=config))
+    assert rows[-1].weights == deaf.best_weights
+    assert "retarget 'listen': not predicted: all 12 trials have the same value" in caplog.text
