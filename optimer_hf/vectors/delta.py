@@ -3,6 +3,8 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +76,27 @@ def measure_norms(vector: DistributionVector, base: Tensors) -> tuple[float, flo
     return math.sqrt(squares), relative
 
 
+_warns: ContextVar[bool] = ContextVar("warns", default=True)
+
+
+@contextmanager
+def allow_any_norm() -> Iterator[None]:
+    """Give no warning of `warn_of_norm` inside a `with` statement: for vectors that nobody trained,
+    whose size is no mistake.
+    """
+    token = _warns.set(False)
+    try:
+        yield
+    finally:
+        _warns.reset(token)
+
+
 def warn_of_norm(name: str, norm: float, relative: float, *, sample: str = "") -> None:
     """Warn of a vector that is larger than the base tensors it moves, and of one that is zero.
     `sample` says which part of it was read, if not all of it.
     """
+    if not _warns.get():
+        return
     if relative > 1:
         warn_once(
             logger,

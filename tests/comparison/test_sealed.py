@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from optimer_hf.comparison import baselines
+from optimer_hf.comparison.baselines import ModelContender, ready_model
 from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.rows import list_rows, title_of
@@ -21,6 +23,7 @@ from optimer_hf.report.evidence import read_evidence
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.prediction import best_scale, predict, reweight
+from optimer_hf.vectors.delta import warn_of_norm
 from tests.support.landscapes import (
     TEST,
     FunctionPool,
@@ -380,3 +383,34 @@ def test_a_damaged_seal_is_named(study):
 def test_shares_below_zero_are_refused():
     with pytest.raises(ValueError, match="shares must be >= 0, and one > 0"):
         config_of(baselines={"mixtures": {"m": {"shares": {"w": -1.0}}}})
+
+
+class LargePool(FunctionPool):
+    """Finds all of its vectors larger than their base."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name in config.vectors:
+            warn_of_norm(name, 1.0, 3.0)
+
+
+def test_the_size_of_a_vector_is_a_warning_for_those_that_somebody_trained(
+    study, monkeypatch, caplog
+):
+    def written(name):
+        def make(scratch):
+            warn_of_norm(f"{name} as it is written", 1.0, 3.0)
+            return {name: str(scratch)}
+
+        return make
+
+    rows = [
+        ModelContender("method", "ties", {"ties (1a)": 1.0}, written("ties (1a)")),
+        ModelContender("random", "", {"random w (2b)": 1.0}, written("random w (2b)")),
+        ready_model("model", "mine", "a/mine"),
+        ready_model("mixture", "even", "a/even"),
+    ]
+    monkeypatch.setattr(baselines, "list_models", lambda *_, **__: rows)
+    compare(study, pool=LargePool)
+    named = re.findall(r"vector (.+?): its delta is larger", caplog.text)
+    assert [name.partition(" ")[0] for name in named] == [*"wxyz", "mine", "even"]
