@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optimer_hf.cli.options import (
+    FLOATS,
     FORMAT,
     INPUT,
     PATH,
@@ -21,6 +22,7 @@ from optimer_hf.cli.tables import echo_markdown
 from optimer_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from optimer_hf.merging.geometry import Geometry
     from optimer_hf.vectors.record import VectorFile
 
 BASE = click.option("--base", required=True, help="Model that the vectors were trained from.")
@@ -91,8 +93,13 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
     cls=LoadingCommand, epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m"
 )
 @click.argument("vectors", nargs=-1, required=True)
-@click.option("--base", help="Model that the vectors were trained from.")
-@dtype("Dtype of the merge, for the check of what survives rounding.")
+@click.option("--base", help="Model that the vectors were trained from (default: the study's).")
+@click.option(
+    "--dtype",
+    type=click.Choice(FLOATS),
+    help="Dtype of the merge, for the check of what survives rounding (default: the study's, or "
+    "bfloat16).",
+)
 @click.option(
     "--sensitivity",
     is_flag=True,
@@ -107,33 +114,48 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
 def vectors(
     vectors: tuple[str, ...],
     base: str | None,
-    dtype: str,
+    dtype: str | None,
     sensitivity: bool,
     objective: Path | None,
     output: str,
 ) -> None:
     """Show norms, cosines and ranks of vectors, and whether they can be merged.
 
-    VECTORS are adapters, deltas and checkpoints: directories or Hub ids. The exit status is 1 if
-    one of them cannot be merged into the base. With --sensitivity, VECTORS is a study.yaml, or a
-    mergekit YAML whose models are the pool; two trials with gradients measure all of them.
+    VECTORS are adapters, deltas and checkpoints: directories or Hub ids. Or VECTORS is one file, a
+    study.yaml or a mergekit YAML, with base and pool. The exit status is 1 if one of them cannot be
+    merged into the base. With --sensitivity, which takes a file, two trials with gradients measure
+    what all of them do.
     """
     if sensitivity:
         _print_sensitivity(vectors, base, objective, output)
         return
     if objective is not None:
         raise ConfigError("--objective is for --sensitivity. Add that, or leave --objective out.")
-    if base is None:
-        raise click.UsageError("Missing option '--base'.")
+    measured, refusals = _measure(vectors, base, dtype)
     from optimer_hf.merging import geometry
 
-    measured, refusals = geometry.measure_sources(vectors, base, dtype)
     if output == "json":
         echo(json.dumps(geometry.to_json(measured, refusals), indent=2))
     else:
         echo_markdown(geometry.to_markdown(measured, refusals))
     if refusals:
         raise SystemExit(1)
+
+
+def _measure(
+    vectors: tuple[str, ...], base: str | None, dtype: str | None
+) -> tuple["Geometry", dict[str, str]]:
+    """Return the geometry of vectors, or of the pool in the one file that is given."""
+    if base is not None:
+        from optimer_hf.merging.geometry import measure_sources
+
+        return measure_sources(vectors, base, dtype or "bfloat16")
+    if len(vectors) != 1 or not vectors[0].endswith((".yaml", ".yml")):
+        raise click.UsageError("Missing option '--base'.")
+    (path,) = (STUDY_FILE.convert(file, None, None) for file in vectors)
+    from optimer_hf.searching.pool_geometry import measure_file
+
+    return measure_file(path, dtype)
 
 
 def _print_sensitivity(

@@ -107,8 +107,17 @@ def measure_sources(
     """
     resolved = resolve_base(absolute_reference(base, Path.cwd()))
     sources = name_sources([absolute_reference(text, Path.cwd()) for text in references])
-    pool, refusals = open_pool(sources, resolved)
-    geometry = measure(pool, resolved, dtype)
+    return measure_pool(sources, resolved, dtype)
+
+
+def measure_pool(
+    sources: Mapping[str, str], base: ResolvedModel, dtype: str
+) -> tuple[Geometry, dict[str, str]]:
+    """Return the geometry of the vectors that can be merged into a base, and by name why others
+    cannot. Warns of those of an unlikely size.
+    """
+    pool, refusals = open_pool(sources, base)
+    geometry = measure(pool, base, dtype)
     for name, norm in geometry.norms.items():
         warn_of_norm(name, norm, geometry.relative_norms[name])
     return geometry, refusals

@@ -99,7 +99,7 @@ class ResidentPool:
         tokenizer = scoring_tokenizer(
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
-        vectors = [open_vector(name, source, base) for name, source in _sources(config).items()]
+        vectors = [open_vector(name, source, base) for name, source in sources_of(config).items()]
         warn_of_norms(vectors, Checkpoint(base.path))
         self._paths = {vector.name: vector.path for vector in vectors}
         self.vectors = split_pool(vectors, config.groups, base, idle=idle_weights(config.fixed))
@@ -217,7 +217,7 @@ def base_of_study(config: StudyConfig) -> tuple[ResolvedModel, ResolvedModel | N
     that they take their tokenizer from (None: that base). Reads all vectors for a union.
     """
     base, reference = resolve_base(config.base_model), config.tokenizer_reference
-    sources = _sources(config) if config.vocabulary == "union" else {}
+    sources = sources_of(config) if config.vocabulary == "union" else {}
     return open_base(base, sources, reference, config.vocabulary)
 
 
@@ -231,7 +231,8 @@ def placement_of(config: StudyConfig) -> Placement | None:
     return Placement(config.device_map, config.max_memory)
 
 
-def _sources(config: StudyConfig) -> dict[str, str]:
+def sources_of(config: StudyConfig) -> dict[str, str]:
+    """Return where each vector of a study is. Raises ConfigError for one to be trained first."""
     return {name: source_of(name, vector) for name, vector in config.vectors.items()}
 
 

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -62,6 +63,28 @@ def test_vectors_shows_a_pool_and_fails_where_one_cannot_be_merged(pool, make_ba
     )
     assert list(data["norms"]) == [tuned[0].name]
     assert list(data["refused"]) == [other.name]
+
+
+def test_vectors_takes_base_and_pool_from_a_study_or_a_mergekit_yaml(folder, pool, tmp_path):
+    base, tuned = pool
+    fields = {
+        "base_model": str(base),
+        "dtype": "float16",
+        "vectors": {"first": str(tuned[0]), "second": str(tuned[1])},
+        "objective": {"terms": [{"text": "nowhere.jsonl"}]},
+    }
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    as_json = ("--dtype", "float32", "--format", "json")
+    by_hand = json.loads(optimer("vectors", *tuned, "--base", base, *as_json).stdout)
+    for file in (study, folder / "my-merge.yml"):
+        found = json.loads(optimer("vectors", file, *as_json).stdout)
+        for key in ("norms", "surviving", "cosines"):
+            assert list(found[key].values()) == list(by_hand[key].values())
+    table = optimer("vectors", study).stdout
+    assert "survives float16" in table and "* second: can be merged into this base" in table
+    both = optimer("vectors", study, tuned[0], ok=False)
+    assert "Missing option '--base'" in both.stderr
 
 
 def test_sensitivity_takes_one_file_that_names_its_base(folder, pool):
