@@ -37,7 +37,7 @@ from tests.support.experiments import finished, finished_once, recipe_dir  # noq
 from tests.support.golden import golden  # noqa: F401 - a fixture
 from tests.support.minihub import HubServer
 from tests.support.tiny import BOS, EOS, PAD, tiny_model
-from tests.support.warm import warm_workers  # noqa: F401 - a fixture
+from tests.support.warm import server, warm_workers  # noqa: F401 - fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -53,7 +53,7 @@ def draw_attempts(rows: Sequence[SeededRow], config: StudyConfig) -> "Figure":
     return figure
 
 
-def list_single_attempts(config: StudyConfig) -> list[str]:
+def _list_single_attempts(config: StudyConfig) -> list[str]:
     """Return the uniform mixtures in the pool that have the tokens of all vectors: one attempt."""
     return [
         name
@@ -68,7 +68,7 @@ def _list_curves(
     """Yield the best of R attempts by R, with a marker and a name."""
     kinds: dict[RowKind, RowKind] = {"attempts": "alone", "scaled_attempts": "best_scale"}
     names = ("best of R mixtures", "at its best scale")
-    pool = list_single_attempts(config)
+    pool = _list_single_attempts(config)
     for (kind, of_pool), marker, name in zip(kinds.items(), "os", names, strict=True):
         curve = {int(row.subject): row for row in rows if row.kind == kind}
         for row in rows:

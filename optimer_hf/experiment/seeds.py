@@ -222,5 +222,5 @@ def describe_correlation(spread: Spread | None, n_seeds: int) -> str:
 def _show(spread: Spread, unit: Unit) -> str:
     text = unit.show(spread.mean)
     if spread.interval is not None:
-        text += f" [{', '.join(map(unit.show, spread.interval))}]"
+        text += f" [{', '.join(unit.telling_from_zero(end).show(end) for end in spread.interval)}]"
     return text

@@ -45,10 +45,11 @@ class Unit:
         return f"{self.number(difference)} points" if self.factor > 1 else self.show(difference)
 
     def show_interval(self, interval: Interval) -> str:
-        """Return the ends of an interval as text."""
+        """Return the ends of an interval as text. An end that is not 0 is never shown as 0."""
         if interval.kind == "none":
             return "no interval"
-        return f"[{self.number(interval.low)}, {self.number(interval.high)}]"
+        ends = (interval.low, interval.high)
+        return f"[{', '.join(self.telling_from_zero(end).number(end) for end in ends)}]"
 
     def show_mean(self, mean: float) -> str:
         """Return the mean of the terms of a `weighted_mean` as text."""

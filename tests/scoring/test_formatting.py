@@ -29,6 +29,11 @@ from optimer_hf.study.prediction import front
 from tests.support.landscapes import FunctionPool, config_of
 
 
+def test_an_end_of_an_interval_that_is_not_0_is_not_shown_as_0():
+    interval = Interval(-0.018, -0.0365, -0.000009, "bootstrap-t")
+    assert Unit(100.0, "in percent").show_interval(interval) == "[-3.65, -0.0009]"
+
+
 class Losses(FunctionPool):
     """A dozen losses a term around 1, or accuracies, which no two weights have alike."""
 

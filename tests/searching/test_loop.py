@@ -322,7 +322,7 @@ def test_a_reader_leaves_the_line_that_a_running_search_is_writing(uninterrupted
     assert log.read_bytes() == before
 
 
-def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
+def test_a_torn_line_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
     whole = (uninterrupted.directory / "trials.jsonl").read_bytes()
     log, n_whole = tmp_path / "trials.jsonl", 0
     lines = whole.splitlines(keepends=True)

@@ -617,7 +617,6 @@ def test_several_workers_that_would_each_take_all_gpus_are_refused(tmp_path):
 # -- signals ---------------------------------------------------------------------------------------
 
 
-# a shell without job control starts what runs in the background with SIGINT ignored
 def is_alive(group: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
@@ -639,7 +638,7 @@ def test_a_signal_to_the_whole_process_group_leaves_no_process_and_nothing_tempo
     study, out, scratch = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "tmp"
     study.write_text(yaml.safe_dump(data))
     scratch.mkdir()
-    words = "search", study, out, "--workers", "1"
+    words = "search", study, out, "--workers", "2"
     monkeypatch.setenv("TMPDIR", str(scratch))
     n_before = 0
     for number, status in {signal.SIGTERM: 143, signal.SIGINT: 130}.items():

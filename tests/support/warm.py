@@ -6,6 +6,7 @@ once, and every process here is a fork of it. Tests of the imports themselves, o
 that a library reads while it is imported, and of what a user starts, start Python.
 """
 
+import atexit
 import contextlib
 import importlib
 import multiprocessing
@@ -49,6 +50,7 @@ class Warm:
         surroundings = output, dict(os.environ), str(Path.cwd())
         self._process = context.Process(target=_be, args=(target, given, *surroundings))
         self._process.start()
+        atexit.register(self.kill)  # before Python waits for it, should a test have failed
 
     @property
     def pid(self) -> int:
@@ -61,10 +63,11 @@ class Warm:
         return self._process.exitcode
 
     def wait(self, timeout: float = 300) -> int:
-        """Wait for its end, and return the exit status."""
+        """Wait for its end, and return the exit status. After `timeout` seconds it is killed."""
         self._process.join(timeout)
-        status = self._process.exitcode
-        assert status is not None, f"it runs for more than {timeout} s"
+        if (status := self._process.exitcode) is None:
+            self.kill()
+            pytest.fail(f"it runs for more than {timeout} s")
         return status
 
     def signal(self, number: int) -> None:
@@ -76,15 +79,19 @@ class Warm:
         with contextlib.suppress(ProcessLookupError):  # it may not have a group yet, or any more
             self.signal(signal.SIGKILL)
         self._process.kill()
-        self.wait()
+        self._process.join()
 
     def kill_when(self, is_far_enough: Callable[[], object]) -> None:
         """Kill it as soon as a condition holds, which has to be before its end."""
-        deadline = time.monotonic() + 120
-        while not is_far_enough() and self.poll() is None and time.monotonic() < deadline:
+        deadline, is_far = time.monotonic() + 120, False
+        while not (is_far := bool(is_far_enough())) and self.poll() is None:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.01)
-        assert self.poll() is None, f"it ended with {self.poll()} before it was killed"
+        status = self.poll()
         self.kill()
+        assert status is None, f"it ended with {status} before it was killed"
+        assert is_far, "it did not get far enough to be killed"
         assert self.poll() == -signal.SIGKILL, "it should have been killed before its end"
 
 
@@ -109,6 +116,7 @@ def _be(
     with open(output, "ab") as file, open(os.devnull, "rb") as nothing:
         for descriptor, opened in ((0, nothing), (1, file), (2, file)):
             os.dup2(opened.fileno(), descriptor)
+    # a shell without job control starts what runs in the background with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     target(*given)
 
@@ -118,8 +126,17 @@ def _be_optimer(*words: str) -> None:
     runpy.run_module("optimer_hf", run_name="__main__")
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The server, with the environment as it is before a test changes it."""
+    Warm(_do_nothing).wait()
+
+
+def _do_nothing() -> None: ...
+
+
 @pytest.fixture
-def warm_workers() -> Iterator[None]:
+def warm_workers(server: None) -> Iterator[None]:
     """Let workers of Dask on this machine be such processes. They have the environment of the
     server, but for what Dask sets in them.
     """
