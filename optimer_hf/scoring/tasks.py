@@ -178,9 +178,10 @@ def _open_manager(terms: Sequence[Term], include_path: Path | None) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not include_path.is_dir():
+    named = [term for term in terms if term.task is not None]
+    if named and include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"include_path: {include_path}: no such directory of tasks.")
-    own, named = read_task_names(include_path), [term for term in terms if term.task is not None]
+    own = read_task_names(include_path if named else None)
     for term in named:
         if fault := fault_of_task(str(term.task), own):
             raise EvaluationError(f"term {term.label!r}: {fault}")

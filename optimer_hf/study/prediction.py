@@ -80,7 +80,8 @@ def match_to_record(study: Study, target: Objective) -> Objective:
     """Return the objective `target` over the terms that a study recorded, matched by label.
 
     Weights, combination and constraints come from `target`, items and prompts from the record. A
-    file that is not where the record says, as in a study that was pulled, is that of `target`.
+    file or folder that is not where the record says, as in a study that was pulled, is that of
+    `target`.
     Raises StudyError for a term that was not recorded, or that has another source or metric there.
     """
     recorded = study.config.objective
@@ -102,7 +103,11 @@ def match_to_record(study: Study, target: Objective) -> Objective:
                 recorded_fields(term) | {"max_relative_to_base": term.max_relative_to_base}
                 for term in target.constraints
             ],
-            "include_path": recorded.include_path,
+            "include_path": (
+                recorded.include_path
+                if recorded.include_path is not None and is_there(recorded.include_path)
+                else target.include_path
+            ),
             "split_by": recorded.split_by,
             **recorded.prompting,
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
@@ -70,3 +71,12 @@ def test_a_likelihood_item_is_the_bits_and_the_bytes_of_its_solution(tokenizer):
     items = evaluator.evaluate([Asked(term, 1)])[term.label].items
     docs = evaluator.tasks[term.task_name].eval_docs
     assert items[0][1] == len(docs[len(docs) // 2]["solution"].encode())
+
+
+def test_a_folder_of_tasks_counts_only_where_a_task_is_asked_for(tmp_path, corpus_dir):
+    text = {"text": str(corpus_dir / "aaa.search.jsonl"), "name": "aaa"}
+    gone = {"include_path": str(tmp_path / "gone")}
+    assert [*load_tasks([Objective.model_validate({"terms": [text]} | gone)])]
+    task = {"task": "mine", "metric": "acc"}
+    with pytest.raises(EvaluationError, match=r"include_path: .*gone: no such directory of tasks"):
+        load_tasks([Objective.model_validate({"terms": [text, task]} | gone)])

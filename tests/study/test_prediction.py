@@ -58,6 +58,19 @@ def test_a_function_is_the_same_wherever_its_file_is():
         match_to_record(recorded, other)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_folder_of_tasks_that_stayed_with_the_author_is_that_of_the_target(tmp_path, is_there):
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    mine.mkdir()
+    if is_there:
+        theirs.mkdir()
+    term = {"task": "t", "metric": "loss", "limit": 2}
+    config = config_of(objective={"terms": [term], "include_path": str(theirs)})
+    recorded = SimpleNamespace(config=config)
+    target = Objective.model_validate({"terms": [term], "include_path": str(mine)})
+    assert match_to_record(recorded, target).include_path == (theirs if is_there else mine)
+
+
 def regret(weights, label: str) -> float:
     """Return the loss above the optimum, as a share of what the optimum gains over the base."""
     best = landscape(label, dict(zip("wxyz", OPTIMA[label], strict=True)))
