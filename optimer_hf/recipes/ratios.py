@@ -11,7 +11,7 @@ from optimer_hf.recipes.record import Recipe
 from optimer_hf.study.directory import load_study
 from optimer_hf.training import mixture
 from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tokens
-from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.record import VectorFile, read_record
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,36 @@ def _weights_of(
 def _by_vector(
     trainings: Sequence[TrainConfig], sources: Mapping[str, str]
 ) -> dict[str, TrainConfig]:
-    """Return trainings by name, and by the vector that recorded the name or the text: in a study, a
-    vector may have another name than in its train file.
-    """
-    by_name = {training.name: training for training in trainings}
-    records = {name: read_record(Path(source)) for name, source in sources.items()}
-    found = dict(by_name)
-    for name, record in records.items():
-        if record is None or name in by_name:
-            continue
-        if record.name in by_name:  # `optimer train` records the name in the train file
-            found[name] = by_name[record.name]
-        elif record.corpus is not None:  # `optimer run` that of the vector
-            texts = record.corpus.names
-            alike = [each for each in trainings if _names_of_texts(each) == texts]
-            found |= {name: alike[0]} if len(alike) == 1 else {}
+    """Return trainings by name, and that of each vector by the name of the vector."""
+    found = {training.name: training for training in trainings}
+    by_name = dict(found)
+    for name, source in sources.items():
+        training = _training_of(name, read_record(Path(source)), by_name)
+        if training is None:
+            found.pop(name, None)
+        else:
+            found[name] = training
     return found
+
+
+def _training_of(
+    name: str, record: VectorFile | None, by_name: Mapping[str, TrainConfig]
+) -> TrainConfig | None:
+    """Return the training of a vector. In a study, a vector may have another name than in its train
+    file, and that of another vector's: what the vector recorded goes before the name.
+    """
+    own = by_name.get(name)
+    if record is None:
+        return own
+    if record.name != name and record.name in by_name:  # of `optimer train`
+        return by_name[record.name]
+    texts = [] if record.corpus is None else record.corpus.names
+    if not texts:
+        return own
+    alike = [each for each in by_name.values() if _names_of_texts(each) == texts]
+    if own in alike or (record.name == name and not alike):  # the text may have moved
+        return own
+    return alike[0] if len(alike) == 1 else None
 
 
 def _names_of_texts(training: TrainConfig) -> list[str]:
