@@ -48,15 +48,13 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
     FILES are studies, train files, objectives, recipes and mergekit YAMLs. Models and tasks are not
     opened.
     """
-    from optimer_hf.experiment.checking import check_file, describe_weights
+    from optimer_hf.experiment.checking import check_file
 
     errors = []
     for path in files:
         try:
             kind, missing = check_file(path, strict=strict)
-            weights = describe_weights(path)
-            valid = f"{path}: a valid {kind}{f', {weights}' if weights else ''}"
-            echo("\n".join([valid, *missing]))
+            echo("\n".join([f"{path}: a valid {kind}", *missing]))
         except OptimerError as error:
             errors.append(str(error))
     if errors:

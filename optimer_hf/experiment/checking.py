@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from optimer_hf.experiment.profile import (
 from optimer_hf.experiment.recipe_checks import check_mixtures, check_study
 from optimer_hf.files.layered import Origin, file_of
 from optimer_hf.files.model import (
+    FileModel,
     VersionedFile,
     list_absent_files,
     list_absent_files_of_data,
     list_mistakes,
+    parse,
 )
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
@@ -45,8 +47,9 @@ TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that n
 
 
 def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
-    """Return what a YAML file is, in words, and one line for each missing local file or task of
-    lm-eval that it names. Models and tasks are not opened.
+    """Return what a YAML file is, in words, with the weights that a search of it would have, and
+    one line for each missing local file or task of lm-eval that it names. Models and tasks are not
+    opened.
 
     Raises ConfigError with one line for each mistake. With `strict`, what is missing is a mistake.
     """
@@ -58,42 +61,6 @@ def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
     if strict and missing:
         raise ConfigError(missing)
     return what, missing.splitlines()
-
-
-def describe_weights(path: Path) -> str:
-    """Return how many weights a search of a study or a mergekit YAML that `check_file` has found
-    valid has, and which; nothing for another file, or if a search refuses it.
-    """
-    data = read_yaml(path)
-    try:
-        if is_for_mergekit(data):
-            most, names = _weights_to_search(path)
-        elif not is_profile(set(data)) and kind_of_file(data) == "study":
-            most, names = "", [*StudyConfig.read(path).free]
-        else:
-            return ""
-    except ConfigError:
-        return ""
-    shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
-    return f"{most}{count(len(names), 'weight')} to search: {shown}"
-
-
-def _weights_to_search(path: Path) -> tuple[str, list[str]]:
-    """Return the names of the weights that a mergekit YAML has to search, after `at most ` if that
-    depends on the names of the tensors, which are not read.
-    """
-    from optimer_hf.merging.mergekit_search import groups_of, pool_to_search, splits_to_search
-    from optimer_hf.merging.mergekit_yaml import read_merge_config
-
-    config = read_merge_config(path, warns=False)
-    _, sources = pool_to_search(config, path)
-    splits, names = splits_to_search(config, path), list[str]()
-    for name, source in sources.items():
-        vector = VectorConfig.model_validate({"source": source, "by": splits.get(name)})
-        own = vector.weights_of(name).items()
-        names += [weight for weight, (_, fixed) in own if fixed is None]
-    has_groups = any(each.names for each in map(groups_of, splits.values()))
-    return "at most " * bool(config.get("slices") and has_groups), names
 
 
 def _read_whole(path: Path) -> tuple[str, str]:
@@ -117,6 +84,7 @@ def _read_whole(path: Path) -> tuple[str, str]:
         _check_training(config, path)
     if isinstance(config, StudyConfig):
         _check_for_run(config, path)
+        kind += _describe_weights([*config.free])
     return "train config" if kind == "train" else kind, list_missing_inputs(path, config)
 
 
@@ -202,18 +170,55 @@ def _read_merge_config(path: Path) -> tuple[str, dict[str, Any]]:
     if "mergekit.config" not in sys.modules:
         logger.info("%s: loading mergekit, which checks it", path)
     from optimer_hf.merging.mergekit_pool import linear_merge_of, with_absolute_references
-    from optimer_hf.merging.mergekit_search import pool_to_search, splits_to_search
     from optimer_hf.merging.mergekit_yaml import read_merge_config
 
     config = read_merge_config(path)
     linear_merge_of(config, path)
     what = "merge config"
     try:
-        pool_to_search(config, path), splits_to_search(config, path)
+        what += _weights_to_search(config, path)
     except ConfigError as error:
         reason = first_line(error).removeprefix(str(path)).partition(": ")[2]
         what += f" for `optimer merge`; `optimer search` refuses it: {reason}"
     return what, with_absolute_references(config, path)
+
+
+class _Pool(FileModel):
+    """The vectors of a mergekit YAML, as in a study."""
+
+    vectors: dict[str, VectorConfig]
+
+
+def _weights_to_search(config: Mapping[str, Any], path: Path) -> str:
+    """Return the weights that a mergekit YAML has to search, in words; at most these if slices may
+    lack the tensors of a filter. Raises ConfigError if a search refuses it.
+    """
+    from optimer_hf.merging.mergekit_search import groups_of, pool_to_search, splits_to_search
+
+    _, sources = pool_to_search(config, path)
+    splits = splits_to_search(config, path)
+    is_open = bool(config.get("slices")) and any(
+        each.names for each in map(groups_of, splits.values())
+    )
+    fields = {name: {"source": source, "by": splits.get(name)} for name, source in sources.items()}
+    try:
+        pool = parse(_Pool, {"vectors": fields}, path)
+    except ConfigError:
+        if is_open:  # a search may leave groups out
+            return ""
+        raise
+    own = {
+        n: each
+        for name, vector in pool.vectors.items()
+        for n, each in vector.weights_of(name).items()
+    }
+    names = [name for name, (_, fixed) in own.items() if fixed is None]
+    return _describe_weights(names, "at most " * is_open)
+
+
+def _describe_weights(names: Sequence[str], most: str = "") -> str:
+    shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
+    return f", {most}{count(len(names), 'weight')} to search: {shown}"
 
 
 def _list_absent_beside_mistakes(path: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.experiment.checking import check_fields
+from optimer_hf.experiment.checking import check_fields, check_file
 from optimer_hf.searching.study_file import read_study
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.vectors.opening import open_vector
@@ -75,3 +75,29 @@ def test_a_tab_is_named(tmp_path: Path):
     path.write_text("base_model: a/b\nvectors:\n\tmath: a/m\n", "utf-8")
     text = optimer("validate", path, ok=False).stderr
     assert "study.yaml:3: not valid YAML. found a tab, expected spaces" in text
+
+
+@pytest.mark.parametrize("in_slices", [False, True])
+def test_validate_says_whether_a_search_takes_so_many_filters(tmp_path: Path, in_slices):
+    """In slices, a search may leave filters out, which shows in the names of the tensors."""
+    n_filters = 2 if in_slices else 101
+    weight = [{"filter": f"part{index}.", "value": 0.5} for index in range(n_filters)]
+    parameters = {"weight": [*weight, {"value": 1}]}
+    config = {"merge_method": "linear", "base_model": "a/base", "dtype": "float32"}
+    if in_slices:
+        slices = []
+        for at in range(34):
+            models = ["a/v", "a/w"] if at else ["a/v"]
+            own = {"layer_range": [at, at + 1], "parameters": parameters}
+            slices.append({"sources": [{"model": name, **own} for name in models]})
+        config["slices"] = slices
+    else:
+        config["models"] = [{"model": "a/v", "parameters": parameters}]
+    path = tmp_path / "merge.yml"
+    path.write_text(yaml.safe_dump(config))
+    what, _ = check_file(path)
+    if in_slices:
+        assert what == "merge config"
+    else:
+        assert "`optimer search` refuses it: vectors.v.by: found {" in what
+        assert "at most 100" in what

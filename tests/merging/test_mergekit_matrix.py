@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from optimer_hf.experiment.checking import describe_weights
+from optimer_hf.experiment.checking import check_file
 from optimer_hf.merging.mergekit_pool import plain_config_of
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.searching.study_file import (
@@ -144,7 +144,7 @@ def test_slices_filters_and_gradients_are_searched_together(
 def test_validate_says_which_weights_a_search_would_have(folder, layout, by_name, along):
     path = write_yaml(folder, layout, settings_in(by_name, along), "float32")
     searched = [*study_of_merge_config(path, folder / "obj.yaml").free]
-    said = describe_weights(path)
+    said = check_file(path)[0].removeprefix("merge config, ")
     count, _, names = said.partition(" to search: ")
     if layout != "models" and by_name:  # a slice may lack all tensors of a filter
         most = int(count.removeprefix("at most ").split()[0])

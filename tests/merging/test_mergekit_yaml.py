@@ -206,7 +206,7 @@ dtype: float32
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_gives_the_bits_and_the_files_of_mergekit(world, name):
     path = written(world, CONFIGS[name])
-    assert check_file(path)[0].split(" for ")[0] == "merge config"
+    assert check_file(path)[0].startswith("merge config")
     assert merge(path, world / "ours", options=MergeOptions(**OPTIONS)) == "mergekit"
     assert_same_model(world / "ours", by_mergekit(CONFIGS[name], world))
     assert AutoModelForCausalLM.from_pretrained(world / "ours")
