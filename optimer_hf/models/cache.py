@@ -1,6 +1,7 @@
-"""What the cache holds: GGUF files of packages, converted GGUF files, and copies of bases with more
-tokens. Each is a directory in a folder of its kind, is as large as a model, and is written again
-when it is needed. Nothing else in these folders is touched: they may be shared with others.
+"""What the cache holds: GGUF files of packages, converted GGUF files, copies of bases with more
+tokens, and generation configs for vLLM. Each is a directory in a folder of its kind, most are as
+large as a model, and it is written again when it is needed. Nothing else in these folders is
+touched: they may be shared with others.
 """
 
 import os
@@ -20,11 +21,13 @@ from optimer_hf.files.paths import ATOMIC_PREFIX, cache_dir, hidden_name
 from optimer_hf.files.staging import finish_move, lock_of_cached
 from optimer_hf.files.text import markdown_table
 from optimer_hf.models.gguf_record import CONVERSION_FILE
+from optimer_hf.models.layout import GENERATION_CONFIG
 from optimer_hf.models.packages import is_packaged_gguf
 from optimer_hf.models.union import UNION_FILE
 
 KINDS: Mapping[str, Callable[[Path], bool]] = {  # folder -> whether a directory in it is ours
     "converted": lambda path: (path / CONVERSION_FILE).is_file(),
+    "generation": lambda path: (path / GENERATION_CONFIG).is_file(),
     "gguf": is_packaged_gguf,
     "union": lambda path: (path / UNION_FILE).is_file(),
 }
@@ -41,7 +44,7 @@ class Cached:
 
     @property
     def kind(self) -> str:
-        """What it is: converted, gguf or union."""
+        """What it is: converted, generation, gguf or union."""
         return self.path.parent.name
 
 

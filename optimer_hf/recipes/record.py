@@ -392,9 +392,12 @@ def tokenizer_note(source: str, ends: Any = None) -> str:
 
     The config itself names no tokenizer, because mergekit would cut the embedding to its tokens.
     """
-    stops = "If there is none, they are the EOS of its config.json and of its tokenizer, too."
     if ends is not None:
-        stops = f"There is none, so they are {ends}."
+        return (
+            f"# Copy tokenizer and chat template of {source} into OUT.\n# It has no "
+            f"generation_config.json: set eos_token_id in OUT/generation_config.json to {ends}.\n"
+        )
+    stops = "If there is none, they are the EOS of its config.json and of its tokenizer, too."
     return (
         f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
         "into OUT.\n# Tokens that end an answer are eos_token_id in OUT/generation_config.json. "

@@ -25,6 +25,7 @@ from optimer_hf.merging.mergekit_pool import linear_merge_of
 from optimer_hf.merging.mergekit_search import unsearched_settings, with_weights
 from optimer_hf.merging.tokenizer import completed_ends, open_tokenizer
 from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.cache import list_cache
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe, tokenizer_note
@@ -317,12 +318,15 @@ def test_a_merge_stops_where_the_model_that_lends_its_tokenizer_stops(
     options = _vllm_options(EngineConfig(name="vllm"), base, lender, "float32")
     read_there = "generation_config" in options  # else vLLM reads that of the base, and its EOS
     assert read_there == (ends != 1)
+    cached = [(each.kind, str(each.path)) for each in list_cache() if each.kind == "generation"]
     if read_there:
+        assert ("generation", options["generation_config"]) in cached
         config = GenerationConfig.from_pretrained(options["generation_config"])
         assert config.eos_token_id == ends
     assert completed_ends(base.path, lender.path) == (ends if read_there else None)
     note = tokenizer_note("it", completed_ends(base.path, lender.path))
-    assert (f"so they are {ends}." if read_there else "the EOS of its config.json") in note
+    to_do = f"no generation_config.json: set eos_token_id in OUT/generation_config.json to {ends}."
+    assert (to_do if read_there else "the EOS of its config.json") in note
 
 
 @pytest.mark.parametrize("engine", ["native", "mergekit"])
