@@ -76,7 +76,7 @@ def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
 
 
 def test_a_finished_run_does_nothing_and_says_so_at_once(finished_once: Path):
-    finished, recipe_dir = finished_once, finished_once.parent / "recipes" / "tiny"
+    finished, recipe_dir = finished_once, finished_once.parents[1] / "recipes" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     started = time.perf_counter()
     again = subprocess.run(

@@ -66,12 +66,15 @@ def run_optimer(*arguments: object):
 
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory, make_base, corpus_dir: Path) -> Path:
-    """A finished run of `recipe_dir`, of which each test gets a copy."""
+    """A finished run of `recipe_dir`, of which each test gets a copy. It is as deep as the copies:
+    its paths to the base and the texts are relative.
+    """
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder / "recipes" / "tiny", str(make_base("gemma").path), corpus_dir)
-    result = run_optimer("run", recipe, folder / "out")
+    out = folder / "runs" / "tiny"
+    result = run_optimer("run", recipe, out)
     assert result.exit_code == 0, result.output
-    return folder / "out"
+    return out
 
 
 @pytest.fixture
