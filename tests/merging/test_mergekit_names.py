@@ -21,7 +21,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.opening import open_vector
 from tests.support.merges import run_plain_mergekit, tensors_in
-from tests.support.tiny import GROUPED, SIZES, WIDE, gemma3_multimodal
+from tests.support.tiny import GROUPED, SIZES, deepseek_v3, gemma3_multimodal
 
 Edit = Callable[[str], str]
 MODELS = {
@@ -32,22 +32,7 @@ MODELS = {
     ),
     "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**SIZES)),
     "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(gemma3_multimodal()),
-    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(
-            **WIDE,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=4,
-            v_head_dim=8,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            first_k_dense_replace=1,
-            n_group=2,
-            topk_group=1,
-        )
-    ),
+    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(deepseek_v3()),
 }
 
 

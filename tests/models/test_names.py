@@ -34,6 +34,7 @@ from tests.support.tiny import (
     VISION,
     VOCABULARY,
     WIDE,
+    deepseek_v3,
     gemma3_multimodal,
     qwen35_multimodal,
 )
@@ -79,22 +80,7 @@ CLASSES |= {
             | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         )
     ),
-    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(
-            **WIDE,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=4,
-            v_head_dim=8,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            first_k_dense_replace=1,
-            n_group=2,
-            topk_group=1,
-        )
-    ),
+    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(deepseek_v3()),
     "llama 4": lambda: transformers.Llama4ForConditionalGeneration(
         transformers.Llama4Config(
             text_config=GROUPED

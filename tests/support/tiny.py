@@ -2,6 +2,7 @@
 
 import torch
 from transformers import (
+    DeepseekV3Config,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -45,6 +46,24 @@ QWEN_VISION = {
     "out_hidden_size": 32,
     "patch_size": 4,
 }
+
+
+def deepseek_v3() -> DeepseekV3Config:
+    """One dense layer, and one of experts, which its files store one by one."""
+    return DeepseekV3Config(
+        **WIDE,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+    )
 
 
 def gemma3_multimodal(head_dim: int = 8) -> Gemma3Config:
