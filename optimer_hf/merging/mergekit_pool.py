@@ -16,7 +16,6 @@ from optimer_hf.merging.mergekit_settings import (
     WHOLE,
     Setting,
     can_split,
-    is_zero,
     rules_of,
     setting_of,
     table_of,
@@ -373,10 +372,10 @@ def plain_config_of(
     """Return the config with which mergekit alone makes the merge of a study or a recipe; None if
     `obstacle_to_plain` says why it cannot. `kinds` has the kind of each vector.
     """
-    is_union, used = record.vocabulary == "union", list(record.sources)
+    is_union, used = record.vocabulary == "union", used_names(record, weights)
     if obstacle_to_plain(record, weights, kinds) is not None:
         return None
-    sources = {name: in_form_of_mergekit(source) for name, source in record.sources.items()}
+    sources = {name: in_form_of_mergekit(record.sources[name]) for name in used}
     settings = settings_of(used, weights, record.groups, n_layers)
     base = in_form_of_mergekit(record.base_model)
     config = vanilla_config(base, sources, settings, record.dtype, kinds)
@@ -390,21 +389,24 @@ def obstacle_to_plain(
     it can. `kinds` has the kind of each vector.
 
     It cannot for deltas beside other vectors, and for the tokenizer of another model, to which it
-    would cut the embedding; nor for what `why_not_plain` names.
+    would cut the embedding; nor for what `why_not_plain` names. Vectors of weight 0 do not count,
+    unless their tokens are joined.
     """
     is_union = record.vocabulary == "union"
     if unknown := [name for name in record.sources if name not in kinds]:
         return f"the lock does not say what {unknown[0]!r} is"
     if record.tokenizer_reference and not is_union:
         return "it would cut the embedding to the tokens of tokenizer_source"
-    references = [record.base_model, *record.sources.values()]
-    if reason := why_not_plain(references, kinds, joins_tokens=is_union):
+    used = used_names(record, weights)
+    read = list(record.sources) if is_union else used
+    references = [record.base_model, *(record.sources[name] for name in read)]
+    relevant = {n: kind for n, kind in kinds.items() if n in read or kind == ON_UNREAD}
+    if reason := why_not_plain(references, relevant, joins_tokens=is_union):
         return reason
-    used = _used_names(record, weights)
     return "it does not add deltas beside other vectors" if _mixes_deltas(kinds, used) else None
 
 
-def _used_names(record: Merged, weights: Mapping[str, float]) -> list[str]:
+def used_names(record: Merged, weights: Mapping[str, float]) -> list[str]:
     """Return the vectors with a weight that is not zero."""
     tables = {
         name: weights_of_groups(name, record.groups.get(name), weights) for name in record.sources
@@ -431,25 +433,24 @@ def vanilla_config(
     """Return a config that gives the same merge with stock `mergekit-yaml`, or None if there is
     none, because the pool has deltas beside other vectors.
 
-    `kinds` has the kind of each vector. Checkpoints, and adapters as BASE+ADAPTER, are merged with
-    `task_arithmetic`; delta directories are added to the base with `linear`. Vectors of weight 0
-    are left out. Its command is `mergekit_command`.
+    `sources` are those of the `used_names`, `kinds` has the kind of each vector. Checkpoints, and
+    adapters as BASE+ADAPTER, are merged with `task_arithmetic`; delta directories are added to the
+    base with `linear`. Its command is `mergekit_command`.
     """
-    used = {name: source for name, source in sources.items() if not is_zero(weights[name])}
-    if _mixes_deltas(kinds, used):
+    if _mixes_deltas(kinds, sources):
         return None
     entries = [
         {
             "model": _model_for_mergekit(base_model, source, kinds.get(name)),
             "parameters": {"weight": weights[name]},
         }
-        for name, source in used.items()
+        for name, source in sources.items()
     ]
-    are_deltas = any(kinds.get(name) == "delta" for name in used)
+    are_deltas = any(kinds.get(name) == "delta" for name in sources)
     if are_deltas or not entries:
         entries = [{"model": base_model, "parameters": {"weight": 1.0}}, *entries]
     return {
-        "merge_method": "linear" if are_deltas or not used else "task_arithmetic",
+        "merge_method": "linear" if are_deltas or not sources else "task_arithmetic",
         "base_model": base_model,
         "models": entries,
         "parameters": {"normalize": False},

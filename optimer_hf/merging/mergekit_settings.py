@@ -138,8 +138,3 @@ def value_at_start(setting: Setting, name: str) -> float:
     """Return the number that a setting gives a tensor where no layer counts."""
     rules = rules_of({"parameters": {"weight": setting}})
     return next((rule.values[0] for rule in rules if rule.name in name), 0.0)
-
-
-def is_zero(setting: Setting) -> bool:
-    """Whether a vector has weight 0 in every tensor."""
-    return not any(any(rule.values) for rule in rules_of({"parameters": {"weight": setting}}))

@@ -4,8 +4,12 @@ from pathlib import Path
 
 from optimer_hf.files.staging import finish_move
 from optimer_hf.merging.mergekit_names import list_unreadable
-from optimer_hf.merging.mergekit_pool import BASE_FIELD, settings_of, vanilla_config
-from optimer_hf.merging.mergekit_settings import is_zero
+from optimer_hf.merging.mergekit_pool import (
+    BASE_FIELD,
+    settings_of,
+    used_names,
+    vanilla_config,
+)
 from optimer_hf.merging.tokenizer import completed_ends
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
@@ -44,11 +48,10 @@ def write_vanilla(
     base, tokenizer = open_base(
         original, config.sources, config.tokenizer_reference, config.vocabulary
     )
-    vectors = [
-        open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
-    ]
+    used = used_names(config, weights)
+    vectors = [open_vector(name, str(config.vectors[name].source), base) for name in used]
     n_layers = layers_for(config.groups, base)
-    settings = settings_of(config.sources, weights, config.groups, n_layers)
+    settings = settings_of(used, weights, config.groups, n_layers)
     merge_config = None
     unread = list_unreadable(base.path, {v.name: v.path for v in vectors if v.kind == "checkpoint"})
     if BASE_FIELD in unread:
@@ -63,12 +66,9 @@ def write_vanilla(
         path.unlink(missing_ok=True)  # that of an earlier pool
         return False
     if merge_config is None and deltas is not None:
-        used = [vector for vector in vectors if not is_zero(settings[vector.name])]
-        written = {vector.name: str(write_delta(vector, base, deltas)) for vector in used}
+        written = {vector.name: str(write_delta(vector, base, deltas)) for vector in vectors}
         kinds = dict.fromkeys(written, "delta")
-        merge_config = vanilla_config(
-            str(base.path), written, {name: settings[name] for name in written}, config.dtype, kinds
-        )
+        merge_config = vanilla_config(str(base.path), written, settings, config.dtype, kinds)
     assert merge_config is not None  # a pool of deltas alone has one
     note = "" if tokenizer is None else _note_of(base, tokenizer)
     write_for_mergekit(merge_config, path, note)

@@ -5,10 +5,16 @@ import pytest
 from optimer_hf.errors import ConfigError
 from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_pool import (
+    INT8,
+    ON_UNREAD,
+    UNREAD,
     linear_merge_of,
+    obstacle_to_plain,
+    plain_config_of,
     pool_of,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
+from tests.support.landscapes import config_of
 from tests.support.merges import optimer_yaml, write_config
 
 BASE = "google/gemma-3-270m"
@@ -84,3 +90,16 @@ def test_what_only_mergekit_can_do_is_not_taken_by_the_writer(tmp_path, changes)
     assert linear_merge_of(read_merge_config(path), path) is None
     with pytest.raises(ConfigError, match="only mergekit can run"):
         merge(path, tmp_path / "out", engine="native")
+
+
+@pytest.mark.parametrize("kind", [UNREAD, INT8, "delta", "pypi"])
+def test_what_mergekit_cannot_read_is_no_obstacle_at_weight_0(kind):
+    source = "pypi:some-package" if kind == "pypi" else "you/b"
+    kinds = {"a": "checkpoint", "b": "checkpoint" if kind == "pypi" else kind}
+    study = config_of(vectors={"a": {"source": "you/a"}, "b": {"source": source}})
+    assert obstacle_to_plain(study, {"a": 0.5, "b": 0.5}, kinds) is not None
+    assert obstacle_to_plain(study, {"a": 0.5, "b": 0.0}, kinds) is None
+    config = plain_config_of(study, {"a": 0.5, "b": 0.0}, kinds, None)
+    assert [each["model"] for each in config["models"]] == ["you/a"]
+    unread = dict.fromkeys(kinds, ON_UNREAD)  # of the base, which every merge has
+    assert obstacle_to_plain(study, {"a": 0.0, "b": 0.0}, unread) is not None

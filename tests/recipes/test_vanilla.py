@@ -1,11 +1,15 @@
 """vanilla.py: deltas beside a config for unmodified mergekit."""
 
+from types import SimpleNamespace
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import OutputError
 from optimer_hf.models.layout import weight_digests
-from optimer_hf.recipes.vanilla import write_delta
+from optimer_hf.recipes.vanilla import write_delta, write_vanilla
 from optimer_hf.vectors.opening import open_vector
+from tests.support.landscapes import config_of
 from tests.support.recipes import change_weights
 
 
@@ -37,3 +41,16 @@ def test_a_directory_that_is_not_ours_is_not_replaced_by_an_exported_delta(pool,
     with pytest.raises(OutputError, match="not empty"):
         write_delta(vector, base, tmp_path / "deltas")
     assert (tmp_path / "deltas" / "ja" / "mine.txt").exists()
+
+
+def test_a_vector_of_weight_0_takes_no_other_into_deltas(pool, tmp_path):
+    base, sources = pool
+    file = sources["it"] / "model.safetensors"
+    save_file({f"policy.{name}": each for name, each in load_file(file).items()}, file)
+    vectors = {name: {"source": str(sources[name])} for name in ("ja", "it")}
+    config = config_of(base_model=str(base.path), vectors=vectors)
+    for weight, has_deltas in ((0.0, False), (0.5, True)):
+        best = SimpleNamespace(weights={"ja": 0.5, "it": weight})
+        study = SimpleNamespace(config=config, best_trial=best)
+        assert write_vanilla(study, tmp_path / "v.yml", deltas=tmp_path / "deltas")
+        assert (tmp_path / "deltas").exists() == has_deltas
